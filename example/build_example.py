@@ -1,0 +1,145 @@
+"""Rebuild the embedded example from the DeepForest wheel.
+
+    pip download --no-deps deepforest==2.1.0
+    python example/build_example.py deepforest-2.1.0-py3-none-any.whl
+
+The wheel is read as a zip archive, never installed or imported. Writes `chips/`, `manifest.csv`
+and `LICENSE.deepforest` beside this script and prints the table that stands in `CARD.md`.
+"""
+
+import csv
+import hashlib
+import io
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SCENES = {  # short name: file stem inside the wheel
+    "YELL_528000": "2019_YELL_2_528000_4978000_image_crop2",
+    "YELL_541000": "2019_YELL_2_541000_4977000_image_crop",
+    "OSBS_029": "OSBS_029",
+    "SOAP_061": "SOAP_061",
+}
+CHIP_SIZE = 98  # pixels: 7 x 7 patches of 14
+BLOCK_SIZE = 4  # chips along one side of a block
+TREE_COVER = 0.25  # at least this share of the chip under crown boxes: tree
+NO_TREE_COVER = 0.02  # at most this share: no_tree
+MAX_BLACK = 0.01  # share of pure black pixels above which a chip lies on the scene's border
+# Walked along the diagonals of the block grid, so that every part of a scene is in every split.
+SPLIT_CYCLE = ["train", "test", "train", "valid"] * 2 + ["train", "test"]
+FIELDS = ["img_path", "label", "split", "group", "sha256"]
+
+
+def crown_mask(xml: bytes, height: int, width: int) -> np.ndarray:
+    """Union of the crown boxes of a Pascal-VOC annotation, as a (height, width) bool array."""
+    mask = np.zeros((height, width), dtype=bool)
+    for box in ET.fromstring(xml).iter("bndbox"):
+        x0, y0, x1, y1 = (int(box.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def chip_label(pixels: np.ndarray, crowns: np.ndarray) -> str | None:
+    """Class of one chip, or None for a chip to drop.
+
+    `pixels` is (H, W, 3) uint8, `crowns` the matching (H, W) bool crown mask.
+    """
+    if (pixels == 0).all(axis=2).mean() > MAX_BLACK:
+        return None
+    cover = crowns.mean()
+    if cover >= TREE_COVER:
+        return "tree"
+    return "no_tree" if cover <= NO_TREE_COVER else None
+
+
+def block_split(row: int, column: int) -> str:
+    """Split of the block at (row, column) of its scene's block grid."""
+    return SPLIT_CYCLE[(7 * row + column) % len(SPLIT_CYCLE)]
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """JPEG of an (H, W, 3) uint8 chip, at full chroma resolution."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92, subsampling="4:4:4")
+    return buffer.getvalue()
+
+
+def cut_scene(name: str, pixels: np.ndarray, crowns: np.ndarray) -> list[tuple[dict, bytes]]:
+    """Chips of one scene on a grid without overlap, as (manifest row, JPEG bytes)."""
+    chips = []
+    for row in range(pixels.shape[0] // CHIP_SIZE):
+        for column in range(pixels.shape[1] // CHIP_SIZE):
+            y, x = row * CHIP_SIZE, column * CHIP_SIZE
+            window = np.s_[y : y + CHIP_SIZE, x : x + CHIP_SIZE]
+            label = chip_label(pixels[window], crowns[window])
+            if label is None:
+                continue
+            block = row // BLOCK_SIZE, column // BLOCK_SIZE
+            jpeg = encode(pixels[window])
+            values = (
+                f"chips/{label}/{name}_{row:02d}_{column:02d}.jpg",
+                label,
+                block_split(*block),
+                f"{name}_{block[0]}_{block[1]}",
+                hashlib.sha256(jpeg).hexdigest(),
+            )
+            chips.append((dict(zip(FIELDS, values, strict=True)), jpeg))
+    return chips
+
+
+def summary_table(rows: list[dict]) -> str:
+    """Markdown table of chip counts, class x scene x split, from manifest rows."""
+    splits, labels = ("train", "valid", "test"), ("tree", "no_tree")
+    counts = Counter((r["group"].rsplit("_", 2)[0], r["split"], r["label"]) for r in rows)
+    lines = [
+        "| scene | "
+        + " | ".join(f"{split} {label}" for split in splits for label in labels)
+        + " |",
+        "|---|" + "---:|" * 6,
+    ]
+    for scene in SCENES:
+        cells = [counts[scene, split, label] for split in splits for label in labels]
+        lines.append(f"| {scene} | " + " | ".join(map(str, cells)) + " |")
+    totals = [sum(counts[s, split, label] for s in SCENES) for split in splits for label in labels]
+    return "\n".join([*lines, "| all | " + " | ".join(map(str, totals)) + " |"])
+
+
+def build(wheel: Path, output: Path) -> list[dict]:
+    """Write chips, manifest and licence under `output`; returns the manifest's rows.
+
+    Everything is cut before anything is written, so a wheel without one of the scenes
+    (KeyError) or a file that is no archive (zipfile.BadZipFile) changes nothing on disk.
+    """
+    chips = []
+    with zipfile.ZipFile(wheel) as archive:
+        licence = archive.read("deepforest-2.1.0.dist-info/licenses/LICENSE")
+        for name, stem in SCENES.items():
+            image = Image.open(io.BytesIO(archive.read(f"deepforest/data/{stem}.png")))
+            pixels = np.asarray(image.convert("RGB"))
+            xml = archive.read(f"deepforest/data/{stem}.xml")
+            chips += cut_scene(name, pixels, crown_mask(xml, *pixels.shape[:2]))
+
+    shutil.rmtree(output / "chips", ignore_errors=True)
+    for row, jpeg in chips:
+        path = output / row["img_path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg)
+    rows = [row for row, _ in chips]
+    with open(output / "manifest.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (output / "LICENSE.deepforest").write_bytes(licence)
+    return rows
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not zipfile.is_zipfile(sys.argv[1]):
+        sys.exit("usage: python example/build_example.py deepforest-2.1.0-py3-none-any.whl")
+    print(summary_table(build(Path(sys.argv[1]), Path(__file__).parent)))

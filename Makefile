@@ -1,0 +1,49 @@
+# Every target installs first what is missing in .venv; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help run test lab lint bench install clean
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d' ' -f1)
+# No run may reach a model hub by accident, and reports never carry the machine's name.
+OFFLINE := HF_HUB_OFFLINE=1
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+install: $(STAMP) ## create .venv with the pinned requirements (the others call it)
+
+# The stamp is written last, so an interrupted installation has none and is repaired: pip is
+# asked again for every package, and all of them are imported once.
+$(STAMP): requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed (Debian: apt-get install python3.11 python3.11-venv), or name another with make PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "error: $(PYTHON) cannot create environments; install its venv module (Debian: apt-get install python3-venv)"; exit 2; }
+	@echo "[install] packages into .venv (about 5 GB, one to ten minutes)"
+	@rm -f .venv/.installed-*
+	@$(BIN)/python -c 'import pip' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip check
+	@$(BIN)/python -c 'import accelerate, jupyterlab, matplotlib, nbval, onnx, pandas, papermill, peft, rasterio, scipy, seaborn, sklearn, timm, torch, torchvision' \
+	  || { rm -rf .venv; echo "error: the installation is damaged and was removed; run the same command again"; exit 2; }
+	@touch $@
+
+run: $(STAMP) ## run the notebooks on the embedded example, write reports/index.html
+	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports
+
+test: $(STAMP) ## unit tests, papermill runs and nbval, offline and on the CPU
+	@$(OFFLINE) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+
+lab: $(STAMP) ## open JupyterLab
+	@$(BIN)/jupyter lab
+
+lint: $(STAMP) ## ruff on code and notebooks
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: $(STAMP) ## measurements that take minutes and want a quiet machine
+	@$(BIN)/python benchmarks/data_scan.py
+
+clean: ## remove what runs leave behind, keep .venv
+	@rm -rf cache runs reports/*.html .pytest_cache .ruff_cache

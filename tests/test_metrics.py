@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from sklearn import metrics as reference
+
+from helpers.metrics import METRICS, bootstrap_metrics, evaluate, weighted_metrics
+
+
+def fake_predictions(n=300, classes=2, seed=0, decimals=2):
+    """Rounded probabilities, so that tied scores occur."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, classes, n)
+    logits = rng.normal(size=(n, classes)) + 1.5 * np.eye(classes)[targets]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    probabilities = probabilities.round(decimals)
+    return targets, probabilities / probabilities.sum(1, keepdims=True)
+
+
+def sklearn_metrics(targets, probabilities):
+    predicted = probabilities.argmax(1)
+    binary = probabilities.shape[1] == 2
+    average = "binary" if binary else "macro"
+    scores = probabilities[:, 1] if binary else probabilities
+    ovr = {} if binary else {"multi_class": "ovr"}
+    return {
+        "accuracy": reference.accuracy_score(targets, predicted),
+        "precision": reference.precision_score(
+            targets, predicted, average=average, zero_division=0
+        ),
+        "recall": reference.recall_score(targets, predicted, average=average),
+        "f1": reference.f1_score(targets, predicted, average=average),
+        "auroc": reference.roc_auc_score(targets, scores, **ovr),
+        "average_precision": reference.average_precision_score(targets, scores),
+        "brier": reference.brier_score_loss(targets, scores),
+    }
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_every_metric_agrees_with_scikit_learn(classes):
+    targets, probabilities = fake_predictions(classes=classes)
+    table = evaluate(targets, probabilities, resamples=10)
+    assert tuple(table.index) == METRICS
+    for name, value in sklearn_metrics(targets, probabilities).items():
+        assert table.value[name] == pytest.approx(value, abs=1e-12), name
+
+
+def test_a_resample_is_the_metric_of_the_drawn_images():
+    targets, probabilities = fake_predictions(n=60)
+    draws = bootstrap_metrics(targets, probabilities, resamples=20, seed=3)
+    weights = np.random.default_rng(3).multinomial(60, np.full(60, 1 / 60), size=20)
+    for i, counts in enumerate(weights):
+        rows = np.repeat(np.arange(60), counts)
+        for name, value in sklearn_metrics(targets[rows], probabilities[rows]).items():
+            assert draws[name][i] == pytest.approx(value, abs=1e-12), name
+
+
+def test_calibration_error_by_hand():
+    # Two bins: 0.9 confident and right 1 of 2; 0.6 confident and right 2 of 2.
+    probabilities = np.array([[0.1, 0.9], [0.1, 0.9], [0.4, 0.6], [0.6, 0.4]])
+    targets = np.array([1, 0, 1, 0])
+    value = weighted_metrics(targets, probabilities, np.ones((1, 4)))["calibration_error"][0]
+    assert value == pytest.approx((abs(1 - 1.8) + abs(2 - 1.2)) / 4)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    """95 % intervals of the accuracy of a coin that is right in 70 % of all cases."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        targets = rng.integers(0, 2, 150)
+        right = rng.random(150) < 0.7
+        probabilities = np.eye(2)[np.where(right, targets, 1 - targets)]
+        low, high = evaluate(targets, probabilities, 200, seed).loc["accuracy", ["low", "high"]]
+        covered += low <= 0.7 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_one_class_alone_has_no_auroc():
+    probabilities = np.array([[0.2, 0.8], [0.6, 0.4]])
+    value = weighted_metrics(np.array([1, 1]), probabilities, np.ones((1, 2)))["auroc"][0]
+    assert np.isnan(value)

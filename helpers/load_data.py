@@ -1,0 +1,623 @@
+"""From a folder, a CSV manifest or a torchvision data set to a checked manifest and a `Dataset`.
+
+`python -m helpers.load_data --data_path ./data/` prints the data report.
+
+A chip is one image file: JPEG, PNG, TIFF/GeoTIFF or `.npy` of shape (bands, height, width).
+Every file is read once to check it; what was found is one row of the manifest.
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import posixpath
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import rasterio
+import torch
+from PIL import Image, UnidentifiedImageError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import EuroSAT
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from helpers import InputError
+
+SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {s: s for s in SPLITS} | {"val": "valid", "validation": "valid"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy"}
+MAX_VALUES = 200_000_000  # per chip; a small file that claims more is a decompression bomb
+REST = "rest"  # the merged negative class of one-vs-rest
+
+# A chip cut out of a scene often carries no coordinates, and none are needed here.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+
+# --------------------------------------------------------------------------- reading one chip
+
+
+def read_chip(path: str | Path, bands: Sequence[int] | None = None) -> np.ndarray:
+    """Read one chip as (bands, height, width), uint8, or float32 for every other stored type.
+
+    Values are not scaled. `bands` picks and orders zero-based bands; None keeps all of them.
+    Raises InputError when the file cannot be read whole, holds NaN or infinity, or lacks a band.
+    """
+    path = Path(path)
+    try:
+        chip = _decode(path.read_bytes(), path.suffix.lower())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {_reason(error)}. Replace or remove the file.") from error
+    if bands is not None:
+        _check_bands(bands, len(chip))
+        chip = chip[list(bands)]
+    return chip if chip.dtype == np.uint8 else chip.astype(np.float32)
+
+
+def _decode(data: bytes, suffix: str) -> np.ndarray:
+    """Decode a file's bytes to (bands, height, width) in its own dtype; ValueError if broken."""
+    if not data:
+        raise ValueError("empty file (0 bytes)")
+    if suffix == ".npy":
+        chip = _decode_npy(data)
+    elif suffix in (".tif", ".tiff"):
+        chip = _decode_raster(data, "GTiff")
+    elif data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
+        chip = _decode_raster(data, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
+    elif suffix in SUFFIXES:
+        chip = _decode_pillow(data)
+    else:
+        raise ValueError(f"unknown file type '{suffix}', use one of {', '.join(sorted(SUFFIXES))}")
+    if chip.ndim != 3 or 0 in chip.shape:
+        raise ValueError(f"shape {chip.shape} is not (bands, height, width)")
+    if chip.dtype.kind not in "buif":
+        raise ValueError(f"dtype {chip.dtype} is not a real number")
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is refused
+        if chip.dtype.kind == "f" and not np.isfinite(chip.astype(np.float32)).all():
+            raise ValueError("holds NaN or infinite values")
+    return chip
+
+
+def _decode_npy(data: bytes) -> np.ndarray:
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, MemoryError) as error:
+        raise ValueError(f"not a whole .npy array of numbers ({error})") from error
+
+
+def _decode_raster(data: bytes, driver: str) -> np.ndarray:
+    """Read from memory with one named GDAL driver: no side-car files, no format guessing."""
+    try:
+        with rasterio.MemoryFile(data) as memory, memory.open(driver=driver) as raster:
+            _check_size(raster.width * raster.height * raster.count)
+            return raster.read()
+    except RasterioError as error:
+        raise ValueError(f"not a whole {driver} image (damaged or another format)") from error
+
+
+def _decode_pillow(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            _check_size(image.width * image.height * len(image.getbands()))
+            if image.mode not in ("L", "LA", "RGB", "RGBA"):  # palette, 1 bit, CMYK
+                image = image.convert("L" if image.mode == "1" else "RGB")
+            chip = np.array(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("not a JPEG or PNG image") from error
+    except (
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow raises beside OSError
+        raise ValueError(str(error)) from error
+    return chip[None] if chip.ndim == 2 else chip.transpose(2, 0, 1)
+
+
+def _check_size(values: int) -> None:
+    if values > MAX_VALUES:
+        raise ValueError(f"claims {values:,} values, more than the {MAX_VALUES:,} of a chip")
+
+
+def _check_bands(bands: Sequence[int], n_bands: int) -> None:
+    outside = [band for band in bands if not 0 <= band < n_bands]
+    if outside:
+        raise InputError(
+            f"bands: {outside} out of range, the chips have {n_bands} bands; "
+            f"pick from 0 to {n_bands - 1}."
+        )
+
+
+def _reason(error: Exception) -> str:
+    return "no such file" if isinstance(error, FileNotFoundError) else str(error)
+
+
+# ------------------------------------------------------------------------------ what is there
+
+
+def _find_chips(data_path: str | Path, group_column: str) -> tuple[Path, pd.DataFrame, str]:
+    """Return (root, entries, name of the layout); entries: img_path, label, split, group, …"""
+    if data_path == "eurosat":
+        root = _download_eurosat(Path("data/eurosat/2750"))
+    else:
+        root = Path(data_path)
+    if not root.exists():
+        raise InputError(f"data_path: {root} does not exist. Give a folder or a CSV manifest.")
+    if root.is_file():
+        root, csv = root.parent, root
+        if csv.suffix.lower() != ".csv":
+            raise InputError(f"data_path: {csv} is no CSV file. Give a folder or a CSV manifest.")
+        return root, _read_csv(csv, group_column), f"CSV manifest {csv.name}"
+    if (root / "manifest.csv").exists():
+        return root, _read_csv(root / "manifest.csv", group_column), "CSV manifest manifest.csv"
+    per_split = {s: root / f"{s}_clean.csv" for s in SPLITS if (root / f"{s}_clean.csv").exists()}
+    if per_split:
+        tables = [_read_csv(csv, group_column).assign(split=s) for s, csv in per_split.items()]
+        return root, pd.concat(tables, ignore_index=True), "one CSV per split"
+    if group_column != "group":
+        raise InputError(f"group_column: folders have no column '{group_column}'. Use a manifest.")
+    entries = _read_folders(root)
+    return root, entries, "split folders" if entries["split"].any() else "class folders"
+
+
+def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
+    """Read a manifest; every row has a label and a known (or no) split, further columns stay."""
+    text = dict.fromkeys(("img_path", "label", "split", group_column), str)
+    try:  # keep_default_na: a class may well be called "None" or "NA"
+        entries = pd.read_csv(csv, dtype=text, keep_default_na=False, skipinitialspace=True)
+    except (ValueError, OSError) as error:  # ValueError: also what pandas raises when parsing
+        raise InputError(f"{csv}: not a readable CSV file ({error}).") from error
+    wanted = ["img_path", "label"] + [group_column] * (group_column != "group")
+    missing = [column for column in wanted if column not in entries]
+    if missing:
+        raise InputError(
+            f"{csv}: column {', '.join(missing)} is missing, found: {', '.join(entries)}. "
+            "A manifest needs img_path and label; split and group are optional."
+        )
+    entries["group"] = entries[group_column] if group_column in entries else ""
+    entries["split"] = entries["split"] if "split" in entries else ""
+    for column in ("img_path", "label", "split", "group"):
+        entries[column] = entries[column].str.strip()
+    _refuse_rows(csv, entries, entries["img_path"] == "", "img_path is empty", "Fill it in.")
+    _refuse_rows(csv, entries, entries["label"] == "", "label is empty", "Fill it in.")
+    if (entries["split"] != "").any():
+        splits = entries["split"].str.lower().map(SPLIT_NAMES)
+        remedy = f"Use one of {', '.join(SPLIT_NAMES)}."
+        _refuse_rows(csv, entries, splits.isna(), "split is unknown or empty", remedy)
+        entries["split"] = splits
+    return entries
+
+
+def _refuse_rows(source: Path, entries: pd.DataFrame, bad: pd.Series, what: str, remedy: str):
+    if bad.any():
+        first = bad.argmax()
+        raise InputError(
+            f"{source}, line {first + 2} ('{entries['img_path'].iloc[first]}'): {what} "
+            f"(in {bad.sum()} of {len(bad)} rows). {remedy}"
+        )
+
+
+def _read_folders(root: Path) -> pd.DataFrame:
+    """List `class/…/chip` or `split/class/…/chip`; hidden files and other file types are left."""
+    files = [file.relative_to(root) for file in _walk(root) if file.suffix.lower() in SUFFIXES]
+    tops = {file.parts[0] for file in files if len(file.parts) > 1}
+    in_splits = {top for top in tops if top.lower() in SPLIT_NAMES}
+    if in_splits and in_splits != tops:
+        raise InputError(
+            f"{root}: split folders ({', '.join(sorted(in_splits))}) beside others "
+            f"({', '.join(sorted(tops - in_splits))}). Separate them, or write a manifest.csv."
+        )
+    depth = 1 if in_splits else 0
+    loose = [file for file in files if len(file.parts) < depth + 2]
+    if loose:
+        raise InputError(
+            f"{root / loose[0]}: lies in no class folder ({len(loose)} such images). "
+            "Move it into one, or write a manifest.csv with img_path,label."
+        )
+    return pd.DataFrame(
+        {
+            "img_path": [file.as_posix() for file in files],
+            "label": [file.parts[depth] for file in files],
+            "split": [SPLIT_NAMES[file.parts[0].lower()] if depth else "" for file in files],
+            "group": "",
+        }
+    )
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                raise InputError(f"{Path(folder, name)}: a linked folder. Put the images inside.")
+        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _download_eurosat(folder: Path) -> Path:
+    """Download EuroSAT (90 MB) unless it is there; an interrupted download leaves nothing."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            try:
+                EuroSAT(temporary, download=True)
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"data_path: eurosat cannot be downloaded ({error}). Download it elsewhere "
+                    "and give the folder that holds its class folders as data_path."
+                ) from error
+            Path(temporary, "eurosat", "2750").rename(folder)
+    return folder
+
+
+def _check_paths(root: Path, entries: pd.DataFrame) -> pd.DataFrame:
+    """Normalise img_path; refuse paths that leave the root and rows that name a file twice."""
+    real_root = root.resolve()
+    outside = [
+        posixpath.isabs(path) or not (root / path).resolve().is_relative_to(real_root)
+        for path in entries["img_path"]
+    ]
+    remedy = "Use paths relative to the data folder, and put the images inside it."
+    _refuse_rows(root, entries, pd.Series(outside, dtype=bool), "leaves the data folder", remedy)
+    entries = entries.assign(img_path=entries["img_path"].map(posixpath.normpath))
+    repeated = entries["img_path"].duplicated()
+    _refuse_rows(root, entries, repeated, "the same img_path twice", "Keep one row a chip.")
+    return entries
+
+
+# ------------------------------------------------------------------------- classes and splits
+
+
+def _pick_classes(
+    labels: pd.Series, classes: Sequence[str] | None, positive_class: str | None, root: Path
+) -> tuple[pd.Series, tuple[str, ...]]:
+    """Return (final labels, class names by target); rows of other classes get no label (NaN)."""
+    present = sorted(labels.unique())
+    names = present if classes is None else [str(name) for name in classes]
+    for name in [*names, *([] if positive_class is None else [positive_class])]:
+        if name not in present:
+            raise InputError(f"class '{name}' is not in {root}; it has: {', '.join(present)}.")
+    if len(set(names)) < max(2, len(names)):
+        raise InputError(
+            f"{root}: {len(names)} class(es) ({', '.join(names)}), at least two different ones "
+            "are needed. Check that data_path holds one folder a class, or `classes`."
+        )
+    labels = labels.where(labels.isin(names))
+    if positive_class is not None:
+        if positive_class not in names:
+            raise InputError(f"positive_class: '{positive_class}' is not one of `classes`.")
+        others = [name for name in names if name != positive_class]
+        negative = others[0] if len(others) == 1 else REST
+        labels = labels.replace(dict.fromkeys(others, negative))
+        names = [negative, positive_class]
+    return labels, tuple(names)
+
+
+def _make_splits(manifest: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, list[str]]:
+    """Carve each missing split out of train, a fifth of it: stratified, seeded, groups whole."""
+    split = manifest["split"].where(manifest["split"] != "", "train")
+    if "train" not in set(split):
+        raise InputError("split: no image is in train. Mark the training images as train.")
+    made = [name for name in ("test", "valid") if name not in set(split)]
+    inseparable = _inseparable(manifest)
+    for n_left, name in zip((5, 4) if len(made) == 2 else (5,), made, strict=False):
+        train = np.flatnonzero(split == "train")
+        labels, units = manifest["label"].to_numpy()[train], inseparable[train]
+        split.iloc[train[_one_fold(labels, units, n_left, name, seed)]] = name
+    return manifest.assign(split=split), made
+
+
+def _inseparable(manifest: pd.DataFrame) -> np.ndarray:
+    """Number the sets of chips that must share a split: one group, or byte-identical files."""
+    group = pd.factorize(manifest["group"].where(manifest["group"] != "", manifest["img_path"]))[0]
+    image = pd.factorize(manifest["sha256"])[0] + len(manifest)
+    edges = coo_array((np.ones(len(manifest)), (group, image)), shape=(2 * len(manifest),) * 2)
+    return connected_components(edges, directed=False)[1][group]
+
+
+def _one_fold(labels: np.ndarray, units: np.ndarray, n: int, name: str, seed: int) -> np.ndarray:
+    """Return the positions of one of n stratified folds that keeps every unit whole."""
+    independent = pd.Series(units).groupby(labels).nunique()
+    if independent.min() < n:
+        raise InputError(
+            f"class '{independent.idxmin()}' has {independent.min()} independent images or groups, "
+            f"at least {n} are needed to make the {name} split. Add images, or give a split column."
+        )
+    kind = StratifiedKFold if len(set(units)) == len(units) else StratifiedGroupKFold
+    folds = kind(n, shuffle=True, random_state=seed)
+    return next(folds.split(np.zeros(len(labels)), labels, units))[1]
+
+
+# ------------------------------------------------------------------------------ the whole set
+
+
+class ChipDataset(Dataset):
+    """The chips of one split: (chip tensor (bands, S, S), target) of S = image_size pixels.
+
+    A chip is uint8 when its file is, float32 otherwise; values are those of the file.
+    Attributes: `targets` (LongTensor (n,)) and `paths` (list of Path).
+    """
+
+    def __init__(self, paths: list[Path], targets: Iterable[int], bands: Sequence[int], size: int):
+        """Keep the paths; nothing is read until an item is asked for."""
+        self.paths, self.bands, self.image_size = paths, bands, size
+        self.targets = torch.as_tensor(list(targets), dtype=torch.long)
+
+    def __len__(self) -> int:
+        """Return the number of chips."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Read one chip, resized (bicubic, antialiased) where its size is another."""
+        chip = torch.from_numpy(read_chip(self.paths[index], self.bands))
+        size = [self.image_size, self.image_size]
+        if list(chip.shape[1:]) != size:
+            chip = F.resize(chip, size, F.InterpolationMode.BICUBIC, antialias=True)
+        return chip, int(self.targets[index])
+
+
+@dataclass(frozen=True)
+class ChipData:
+    """A checked data set: where it lies, its manifest, its classes and the bands in use.
+
+    `manifest` has one row a chip: img_path (posix, relative to `root`), label (final class name),
+    target (index in `classes`), split, group ("" where none), height and width (pixels), n_bands,
+    dtype, min and max (of all bands in the file), sha256 of the file, and the columns that the
+    input had beside these. `skipped` has img_path and reason. With two classes, `classes[1]` is
+    the positive one. `layout` says in words what was found and which splits were made.
+    """
+
+    root: Path
+    manifest: pd.DataFrame
+    classes: tuple[str, ...]
+    bands: tuple[int, ...]
+    skipped: pd.DataFrame
+    layout: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Short SHA-256 of what decides pixels, labels and their order, wherever the data lie."""
+        rows = self.manifest[["sha256", "target", "split"]].to_csv(index=False)
+        return hashlib.sha256(f"{rows}{self.bands}".encode()).hexdigest()[:16]
+
+    def dataset(self, split: str, image_size: int) -> ChipDataset:
+        """Return the chips of `split`, square at `image_size` pixels, in manifest order."""
+        if split not in SPLITS:
+            raise InputError(f"split: '{split}' is unknown. Use one of {', '.join(SPLITS)}.")
+        rows = self.manifest[self.manifest["split"] == split]
+        paths = [self.root / path for path in rows["img_path"]]
+        return ChipDataset(paths, rows["target"], self.bands, image_size)
+
+
+def load_data(
+    data_path: str | Path,
+    *,
+    bands: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    positive_class: str | None = None,
+    group_column: str = "group",
+    seed: int = 0,
+    on_unreadable: str = "error",
+    on_leakage: str = "warn",
+    progress: bool = True,
+) -> ChipData:
+    """Find, read and check every chip under `data_path`, and make the splits that are missing.
+
+    data_path: folder with `manifest.csv`, with `train_clean.csv` and the like, with split
+        folders or with class folders; a CSV manifest (img_path, label, optional split and group);
+        or the word `eurosat` (torchvision, downloaded to ./data).
+    bands: zero-based bands to use, in order; None takes the first three (all of fewer).
+    classes: class names to keep, in the order of their targets; None keeps all, alphabetically.
+    positive_class: the class with target 1; more than two classes become it against `rest`.
+    group_column: manifest column naming what must stay in one split (a scene, a block).
+    on_unreadable: "error", or "skip" to list unreadable files in `skipped` and go on.
+    on_leakage: "warn" (in the report), or "error", when given splits share images or groups.
+
+    Missing splits are made from train: a fifth of it each, stratified, seeded; whole groups and
+    byte-identical files stay together. Memory grows with the manifest rows only, not the pixels.
+    Raises InputError for everything that is wrong with the data or a parameter.
+    """
+    _check_choice("on_unreadable", on_unreadable, ("error", "skip"))
+    _check_choice("on_leakage", on_leakage, ("warn", "error"))
+    root, entries, layout = _find_chips(data_path, group_column)
+    if entries.empty:
+        raise InputError(f"{data_path}: no images found. Known: {', '.join(sorted(SUFFIXES))}.")
+    labels, names = _pick_classes(entries["label"], classes, positive_class, root)
+    entries = entries.assign(label=labels)[labels.notna()].reset_index(drop=True)
+    manifest, skipped = _scan(root, _check_paths(root, entries), progress)
+    if len(skipped) and (on_unreadable == "error" or manifest.empty):
+        raise InputError(_unreadable_message(root, skipped, len(entries)))
+    bands = _check_pixels(manifest, bands)
+    manifest["target"] = manifest["label"].map(names.index)
+    manifest, made = _make_splits(manifest, seed)
+    _check_classes_in_splits(manifest, names, root)
+    if made:
+        layout += f"; {' and '.join(sorted(made))} made here with seed {seed}"
+    data = ChipData(root, manifest, names, bands, skipped, layout)
+    leaks = _leaks(data)
+    if leaks and on_leakage == "error":
+        raise InputError(f"{root}: {'; '.join(leaks)}. Keep each in one split.")
+    return data
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}: '{value}' is unknown. Use {' or '.join(choices)}.")
+
+
+def _scan(root: Path, entries: pd.DataFrame, progress: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read every file once, in threads (the decoders release the GIL); keep the facts only."""
+
+    def inspect(img_path: str) -> dict:
+        path = root / img_path
+        try:
+            data = path.read_bytes()
+            chip = _decode(data, path.suffix.lower())
+        except (OSError, ValueError) as error:
+            return {"reason": _reason(error)}
+        n_bands, height, width = chip.shape
+        facts = {"height": height, "width": width, "n_bands": n_bands, "dtype": str(chip.dtype)}
+        facts |= {"min": chip.min().item(), "max": chip.max().item()}
+        return facts | {"sha256": hashlib.sha256(data).hexdigest(), "reason": ""}
+
+    paths, facts = entries["img_path"].tolist(), []
+    bar = tqdm(total=len(paths), desc="reading chips", disable=None if progress else True)
+    with bar, ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), 1024):  # in portions, so that the queue stays short
+            for fact in pool.map(inspect, paths[start : start + 1024]):
+                facts.append(fact)
+                bar.update()
+    facts = pd.DataFrame(facts, index=entries.index)
+    unreadable = facts["reason"] != ""
+    skipped = entries[["img_path"]].assign(reason=facts["reason"])[unreadable]
+    own = [column for column in entries if column not in facts]
+    manifest = pd.concat([entries[own], facts.drop(columns="reason")], axis=1)[~unreadable]
+    integers = {"height": int, "width": int, "n_bands": int} if len(manifest) else {}
+    return manifest.reset_index(drop=True).astype(integers), skipped.reset_index(drop=True)
+
+
+def _unreadable_message(root: Path, skipped: pd.DataFrame, total: int) -> str:
+    shown = "; ".join(f"{row.img_path}: {row.reason}" for row in skipped.head(5).itertuples())
+    more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    return (
+        f"{root}: {len(skipped)} of {total} images cannot be read: {shown}{more}. "
+        'Replace or remove them, or pass on_unreadable="skip" where readable ones are left.'
+    )
+
+
+def _check_pixels(manifest: pd.DataFrame, bands: Sequence[int] | None) -> tuple[int, ...]:
+    """Refuse chips that cannot share a batch; return the bands in use."""
+    kinds = {
+        "band counts": manifest["n_bands"].astype(str),
+        "data types": manifest["dtype"].where(manifest["dtype"] == "uint8", "not uint8"),
+    }
+    for what, kind in kinds.items():
+        examples = manifest.groupby(kind)["img_path"].first()
+        if len(examples) > 1:
+            shown = ", ".join(f"{value} ({path})" for value, path in examples.items())
+            raise InputError(f"chips have different {what}: {shown}. Convert them to one kind.")
+    n_bands = int(manifest["n_bands"].iloc[0])
+    if bands is None:
+        return tuple(range(min(3, n_bands)))
+    if not len(bands):
+        raise InputError("bands: the list is empty. Name at least one band, or leave it out.")
+    _check_bands(bands, n_bands)
+    return tuple(int(band) for band in bands)
+
+
+def _check_classes_in_splits(manifest: pd.DataFrame, classes: tuple[str, ...], root: Path) -> None:
+    counts = _counts(manifest, classes)
+    for split in SPLITS:
+        for name in classes:
+            if not counts.loc[name, split]:
+                raise InputError(
+                    f"{root}: class '{name}' has no image in the {split} split. Add some, or "
+                    "leave the splits out so that they are made."
+                )
+
+
+def _counts(manifest: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
+    counts = pd.crosstab(manifest["label"], manifest["split"])
+    return counts.reindex(index=list(classes), columns=list(SPLITS), fill_value=0)
+
+
+def band_statistics(data: ChipData, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each band over the training split, in chip units.
+
+    Both float32 (bands,), over all pixels of the chips at `image_size`; computed in float64 over
+    a stream of batches. A constant band has standard deviation 1, so that dividing by it is safe.
+    """
+    scaler = StandardScaler()
+    for chips, _ in DataLoader(data.dataset("train", image_size), batch_size=64):
+        scaler.partial_fit(chips.movedim(1, -1).flatten(0, -2).double().numpy())
+    return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
+
+
+# --------------------------------------------------------------------------------- the report
+
+
+def _shared(manifest: pd.DataFrame, column: str) -> pd.Series:
+    """Rows that share a value of `column` across splits: value -> "path (split), …"."""
+    rows = manifest[manifest[column] != ""]
+    rows = rows[rows.groupby(column)["split"].transform("nunique") > 1]
+    rows = rows.drop_duplicates([column, "split"])
+    return (rows["img_path"] + " (" + rows["split"] + ")").groupby(rows[column]).agg(", ".join)
+
+
+def _leaks(data: ChipData) -> list[str]:
+    """Say in words what two splits share; empty when they share nothing."""
+    leaks = []
+    images, groups = _shared(data.manifest, "sha256"), _shared(data.manifest, "group")
+    if len(images):
+        leaks.append(f"{len(images)} byte-identical image(s) in two splits: {images.iloc[0]}")
+    if len(groups):
+        leaks.append(f"{len(groups)} group(s) in two splits: {groups.index[0]}: {groups.iloc[0]}")
+    return leaks
+
+
+def data_report(data: ChipData) -> str:
+    """Describe the data in plain text: counts, sizes, bands, values, skipped, repeated, leakage."""
+    manifest = data.manifest
+    counts = _counts(manifest, data.classes)
+    counts = pd.concat([counts, counts.sum().to_frame("all").T])
+    counts["all"] = counts.sum(axis=1)
+    sizes = (manifest["width"].astype(str) + "x" + manifest["height"].astype(str)).value_counts()
+    shown = ", ".join(f"{size} ({n})" for size, n in sizes.head(5).items())
+    positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
+    repeats = manifest["sha256"].duplicated(keep=False)
+    two_labels = (manifest.groupby("sha256")["label"].nunique() > 1).sum()
+    groups = manifest["group"].loc[manifest["group"] != ""].nunique()
+    facts = {
+        "data": f"{data.root.resolve().name} ({data.layout})",
+        "classes": ", ".join(data.classes) + positive,
+        "size (px)": shown + (f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""),
+        "bands": f"{manifest['n_bands'].iloc[0]} in a file, in use: "
+        + ", ".join(map(str, data.bands)),
+        "data type": ", ".join(f"{t} ({n})" for t, n in manifest["dtype"].value_counts().items()),
+        "values": f"{manifest['min'].min():g} to {manifest['max'].max():g}",
+        "unreadable": f"{len(data.skipped)} skipped" if len(data.skipped) else "none",
+        "identical": f"{repeats.sum()} images have a byte-identical twin, "
+        f"{two_labels} of the contents under two labels",
+        "groups": f"{groups} groups" if groups else "none given",
+        "leakage": "no image and no group in two splits",
+    }
+    leaks = _leaks(data)
+    if leaks:
+        facts["leakage"] = "WARNING: " + "; ".join(leaks)
+    lines = [f"{name:<12}{value}" for name, value in facts.items()]
+    lines += [f"  {row.img_path}: {row.reason}" for row in data.skipped.head(10).itertuples()]
+    if len(data.skipped) > 10:
+        lines.append(f"  and {len(data.skipped) - 10} more")
+    return "\n".join([*lines[:2], "", counts.to_string(), "", *lines[2:]])
+
+
+def main() -> None:
+    """Print the data report; exit code 2 with one line on stderr when something is wrong."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--data_path", required=True, help="folder, CSV manifest, or eurosat")
+    parser.add_argument("--bands", type=int, nargs="+", help="zero-based bands, in order")
+    parser.add_argument("--classes", nargs="+", help="classes to keep, in order")
+    parser.add_argument("--positive_class", help="the positive class; others may become `rest`")
+    parser.add_argument("--group_column", default="group", help="what stays in one split")
+    parser.add_argument("--seed", type=int, default=0, help="of the splits that are made")
+    parser.add_argument("--on_unreadable", default="error", help="error or skip")
+    parser.add_argument("--on_leakage", default="warn", help="warn or error")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
+    try:
+        print(data_report(load_data(**vars(parser.parse_args()))))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 import rasterio
 import torch
-from PIL import Image, UnidentifiedImageError
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -38,8 +38,12 @@ from helpers import InputError
 
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {s: s for s in SPLITS} | {"val": "valid", "validation": "valid"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".npy"}
-MAX_VALUES = 200_000_000  # per chip; a small file that claims more is a decompression bomb
+FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png"), "JPEG or PNG image"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF image"),
+    ".npy": ".npy array of numbers (objects are never unpickled)",
+}
+MAX_VALUES = 200_000_000  # of one TIFF; a small file can claim any size. Pillow has its own limit
 REST = "rest"  # the merged negative class of one-vs-rest
 
 # A chip cut out of a scene often carries no coordinates, and none are needed here.
@@ -55,78 +59,67 @@ def read_chip(path: str | Path, bands: Sequence[int] | None = None) -> np.ndarra
     Values are not scaled. `bands` picks and orders zero-based bands; None keeps all of them.
     Raises InputError when the file cannot be read whole, holds NaN or infinity, or lacks a band.
     """
-    path = Path(path)
     try:
-        chip = _decode(path.read_bytes(), path.suffix.lower())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {_reason(error)}. Replace or remove the file.") from error
+        chip, _ = _read(Path(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}. Replace or remove the file.") from error
     if bands is not None:
         _check_bands(bands, len(chip))
         chip = chip[list(bands)]
     return chip if chip.dtype == np.uint8 else chip.astype(np.float32)
 
 
-def _decode(data: bytes, suffix: str) -> np.ndarray:
-    """Decode a file's bytes to (bands, height, width) in its own dtype; ValueError if broken."""
-    if not data:
-        raise ValueError("empty file (0 bytes)")
-    if suffix == ".npy":
-        chip = _decode_npy(data)
-    elif suffix in (".tif", ".tiff"):
-        chip = _decode_raster(data, "GTiff")
-    elif data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
-        chip = _decode_raster(data, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
-    elif suffix in SUFFIXES:
-        chip = _decode_pillow(data)
-    else:
-        raise ValueError(f"unknown file type '{suffix}', use one of {', '.join(sorted(SUFFIXES))}")
-    if chip.ndim != 3 or 0 in chip.shape:
-        raise ValueError(f"shape {chip.shape} is not (bands, height, width)")
-    if chip.dtype.kind not in "buif":
-        raise ValueError(f"dtype {chip.dtype} is not a real number")
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is refused
-        if chip.dtype.kind == "f" and not np.isfinite(chip.astype(np.float32)).all():
-            raise ValueError("holds NaN or infinite values")
-    return chip
-
-
-def _decode_npy(data: bytes) -> np.ndarray:
+def _read(path: Path) -> tuple[np.ndarray, bytes]:
+    """Return the chip in the file's own dtype, and the file's bytes; InputError says why not."""
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise InputError(f"file type '{suffix}' is not one of {', '.join(FORMATS)}")
     try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot be opened ({error.strerror})") from error
+    if not data:
+        raise InputError("empty file (0 bytes)")
+    try:
+        chip = _decode(data, suffix)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"too large for a chip ({error})") from error
+    except Exception as error:  # on damaged bytes the decoders raise errors of almost any type
+        raise InputError(f"damaged, cut off, or not a {FORMATS[suffix]}") from error
+    _check_values(chip)
+    return chip, data
+
+
+def _decode(data: bytes, suffix: str) -> np.ndarray:
+    if suffix == ".npy":
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
-        raise ValueError(f"not a whole .npy array of numbers ({error})") from error
+    if suffix in (".tif", ".tiff"):
+        return _decode_raster(data, "GTiff")
+    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
+        return _decode_raster(data, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):  # palette, 1 bit, CMYK
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        return np.atleast_3d(np.array(image)).transpose(2, 0, 1)
 
 
 def _decode_raster(data: bytes, driver: str) -> np.ndarray:
     """Read from memory with one named GDAL driver: no side-car files, no format guessing."""
-    try:
-        with rasterio.MemoryFile(data) as memory, memory.open(driver=driver) as raster:
-            _check_size(raster.width * raster.height * raster.count)
-            return raster.read()
-    except RasterioError as error:
-        raise ValueError(f"not a whole {driver} image (damaged or another format)") from error
+    with rasterio.MemoryFile(data) as memory, memory.open(driver=driver) as raster:
+        values = raster.width * raster.height * raster.count
+        if values > MAX_VALUES:
+            raise Image.DecompressionBombError(f"{values:,} values")
+        return raster.read()
 
 
-def _decode_pillow(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            _check_size(image.width * image.height * len(image.getbands()))
-            if image.mode not in ("L", "LA", "RGB", "RGBA"):  # palette, 1 bit, CMYK
-                image = image.convert("L" if image.mode == "1" else "RGB")
-            chip = np.array(image)
-    except UnidentifiedImageError as error:
-        raise ValueError("not a JPEG or PNG image") from error
-    except (
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow raises beside OSError
-        raise ValueError(str(error)) from error
-    return chip[None] if chip.ndim == 2 else chip.transpose(2, 0, 1)
-
-
-def _check_size(values: int) -> None:
-    if values > MAX_VALUES:
-        raise ValueError(f"claims {values:,} values, more than the {MAX_VALUES:,} of a chip")
+def _check_values(chip: np.ndarray) -> None:
+    if chip.ndim != 3 or 0 in chip.shape:
+        raise InputError(f"shape {chip.shape} is not (bands, height, width)")
+    if chip.dtype.kind not in "buif":
+        raise InputError(f"data type {chip.dtype} is not a real number")
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite and is refused
+        if chip.dtype.kind == "f" and not np.isfinite(chip.astype(np.float32)).all():
+            raise InputError("holds NaN or infinite values")
 
 
 def _check_bands(bands: Sequence[int], n_bands: int) -> None:
@@ -136,10 +129,6 @@ def _check_bands(bands: Sequence[int], n_bands: int) -> None:
             f"bands: {outside} out of range, the chips have {n_bands} bands; "
             f"pick from 0 to {n_bands - 1}."
         )
-
-
-def _reason(error: Exception) -> str:
-    return "no such file" if isinstance(error, FileNotFoundError) else str(error)
 
 
 # ------------------------------------------------------------------------------ what is there
@@ -177,6 +166,8 @@ def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
         entries = pd.read_csv(csv, dtype=text, keep_default_na=False, skipinitialspace=True)
     except (ValueError, OSError) as error:  # ValueError: also what pandas raises when parsing
         raise InputError(f"{csv}: not a readable CSV file ({error}).") from error
+    if not isinstance(entries.index, pd.RangeIndex):  # pandas took a column for row names
+        raise InputError(f"{csv}: rows have more cells than the header. Quote cells with commas.")
     wanted = ["img_path", "label"] + [group_column] * (group_column != "group")
     missing = [column for column in wanted if column not in entries]
     if missing:
@@ -188,8 +179,8 @@ def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
     entries["split"] = entries.get("split", "")
     for column in ("img_path", "label", "split", "group"):
         entries[column] = entries[column].str.strip()
-    _refuse_rows(csv, entries, entries["img_path"] == "", "img_path is empty", "Fill it in.")
-    _refuse_rows(csv, entries, entries["label"] == "", "label is empty", "Fill it in.")
+    for column in ("img_path", "label"):
+        _refuse_rows(csv, entries, entries[column] == "", f"{column} is empty", "Fill it in.")
     if (entries["split"] != "").any():
         splits = entries["split"].str.lower().map(SPLIT_NAMES)
         remedy = f"Use one of {', '.join(SPLIT_NAMES)}."
@@ -198,18 +189,18 @@ def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
     return entries
 
 
-def _refuse_rows(source: Path, entries: pd.DataFrame, bad: pd.Series, what: str, remedy: str):
+def _refuse_rows(
+    source: Path, entries: pd.DataFrame, bad: pd.Series, what: str, remedy: str
+) -> None:
     if bad.any():
-        first = bad.argmax()
-        raise InputError(
-            f"{source}, line {first + 2} ('{entries['img_path'].iloc[first]}'): {what} "
-            f"(in {bad.sum()} of {len(bad)} rows). {remedy}"
-        )
+        first = int(bad.argmax())
+        row = entries["img_path"].iloc[first] or f"row {first + 1} below the header"
+        raise InputError(f"{source}: {row}: {what} ({bad.sum()} of {len(bad)} rows). {remedy}")
 
 
 def _read_folders(root: Path) -> pd.DataFrame:
     """List `class/…/chip` or `split/class/…/chip`; hidden files and other file types are left."""
-    files = [file.relative_to(root) for file in _walk(root) if file.suffix.lower() in SUFFIXES]
+    files = [file.relative_to(root) for file in _walk(root) if file.suffix.lower() in FORMATS]
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
     in_splits = {top for top in tops if top.lower() in SPLIT_NAMES}
     if in_splits and in_splits != tops:
@@ -261,16 +252,16 @@ def _download_eurosat(folder: Path) -> Path:
 
 def _check_paths(root: Path, entries: pd.DataFrame) -> pd.DataFrame:
     """Normalise img_path; refuse paths that leave the root and rows that name a file twice."""
-    real_root = root.resolve()
-    outside = [
-        posixpath.isabs(path) or not (root / path).resolve().is_relative_to(real_root)
-        for path in entries["img_path"]
-    ]
+
+    def leaves(path: str) -> bool:
+        return posixpath.isabs(path) or not (root / path).resolve().is_relative_to(root.resolve())
+
+    outside = entries["img_path"].map(leaves)
     remedy = "Use paths relative to the data folder, and put the images inside it."
-    _refuse_rows(root, entries, pd.Series(outside, dtype=bool), "leaves the data folder", remedy)
+    _refuse_rows(root, entries, outside, "leaves the data folder", remedy)
     entries = entries.assign(img_path=entries["img_path"].map(posixpath.normpath))
     repeated = entries["img_path"].duplicated()
-    _refuse_rows(root, entries, repeated, "the same img_path twice", "Keep one row a chip.")
+    _refuse_rows(root, entries, repeated, "is listed twice", "Keep one row a chip.")
     return entries
 
 
@@ -437,10 +428,11 @@ def load_data(
     _check_choice("on_leakage", on_leakage, ("warn", "error"))
     root, entries, layout = _find_chips(data_path, group_column)
     if entries.empty:
-        raise InputError(f"{data_path}: no images found. Known: {', '.join(sorted(SUFFIXES))}.")
+        raise InputError(f"{data_path}: no images found. Known: {', '.join(FORMATS)}.")
+    entries = _check_paths(root, entries)
     labels, names = _pick_classes(entries["label"], classes, positive_class, root)
     entries = entries.assign(label=labels)[labels.notna()].reset_index(drop=True)
-    manifest, skipped = _scan(root, _check_paths(root, entries), progress)
+    manifest, skipped = _scan(root, entries, progress)
     if len(skipped) and (on_unreadable == "error" or manifest.empty):
         raise InputError(_unreadable_message(root, skipped, len(entries)))
     bands = _check_pixels(manifest, bands)
@@ -465,12 +457,10 @@ def _scan(root: Path, entries: pd.DataFrame, progress: bool) -> tuple[pd.DataFra
     """Read every file once, in threads (the decoders release the GIL); keep the facts only."""
 
     def inspect(img_path: str) -> dict:
-        path = root / img_path
         try:
-            data = path.read_bytes()
-            chip = _decode(data, path.suffix.lower())
-        except (OSError, ValueError) as error:
-            return {"reason": _reason(error)}
+            chip, data = _read(root / img_path)
+        except InputError as error:
+            return {"reason": str(error)}
         n_bands, height, width = chip.shape
         facts = {"height": height, "width": width, "n_bands": n_bands, "dtype": str(chip.dtype)}
         facts |= {"min": chip.min().item(), "max": chip.max().item()}
@@ -527,8 +517,8 @@ def _check_classes_in_splits(manifest: pd.DataFrame, classes: tuple[str, ...], r
         for name in classes:
             if not counts.loc[name, split]:
                 raise InputError(
-                    f"{root}: class '{name}' has no image in the {split} split. Add some, or "
-                    "leave the splits out so that they are made."
+                    f"{root}: class '{name}' has no image in the {split} split. Add some; "
+                    "where the split is made from groups, smaller groups or another seed."
                 )
 
 

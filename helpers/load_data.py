@@ -123,12 +123,9 @@ def _check_values(chip: np.ndarray) -> None:
 
 
 def _check_bands(bands: Sequence[int], n_bands: int) -> None:
-    outside = [band for band in bands if not 0 <= band < n_bands]
+    outside = [band for band in bands if band not in range(n_bands)]
     if outside:
-        raise InputError(
-            f"bands: {outside} out of range, the chips have {n_bands} bands; "
-            f"pick from 0 to {n_bands - 1}."
-        )
+        raise InputError(f"bands: {outside} out of range, a chip has bands 0 to {n_bands - 1}.")
 
 
 # ------------------------------------------------------------------------------ what is there
@@ -136,19 +133,14 @@ def _check_bands(bands: Sequence[int], n_bands: int) -> None:
 
 def _find_chips(data_path: str | Path, group_column: str) -> tuple[Path, pd.DataFrame, str]:
     """Return (root, entries, name of the layout); entries: img_path, label, split, group, …"""
-    if data_path == "eurosat":
-        root = _download_eurosat(Path("data/eurosat/2750"))
-    else:
-        root = Path(data_path)
+    root = _download_eurosat() if data_path == "eurosat" else Path(data_path)
     if not root.exists():
         raise InputError(f"data_path: {root} does not exist. Give a folder or a CSV manifest.")
-    if root.is_file():
-        root, csv = root.parent, root
-        if csv.suffix.lower() != ".csv":
-            raise InputError(f"data_path: {csv} is no CSV file. Give a folder or a CSV manifest.")
-        return root, _read_csv(csv, group_column), f"CSV manifest {csv.name}"
-    if (root / "manifest.csv").exists():
-        return root, _read_csv(root / "manifest.csv", group_column), "CSV manifest manifest.csv"
+    csv = root if root.is_file() else root / "manifest.csv"
+    if csv.suffix.lower() != ".csv":
+        raise InputError(f"data_path: {csv} is no CSV file. Give a folder or a CSV manifest.")
+    if csv.exists():
+        return csv.parent, _read_csv(csv, group_column), f"CSV manifest {csv.name}"
     per_split = {s: root / f"{s}_clean.csv" for s in SPLITS if (root / f"{s}_clean.csv").exists()}
     if per_split:
         tables = [_read_csv(csv, group_column).assign(split=s) for s, csv in per_split.items()]
@@ -234,8 +226,9 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _download_eurosat(folder: Path) -> Path:
+def _download_eurosat() -> Path:
     """Download EuroSAT (90 MB) unless it is there; an interrupted download leaves nothing."""
+    folder = Path("data/eurosat/2750")
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -252,9 +245,10 @@ def _download_eurosat(folder: Path) -> Path:
 
 def _check_paths(root: Path, entries: pd.DataFrame) -> pd.DataFrame:
     """Normalise img_path; refuse paths that leave the root and rows that name a file twice."""
+    real_root = root.resolve()
 
     def leaves(path: str) -> bool:
-        return posixpath.isabs(path) or not (root / path).resolve().is_relative_to(root.resolve())
+        return posixpath.isabs(path) or not (root / path).resolve().is_relative_to(real_root)
 
     outside = entries["img_path"].map(leaves)
     remedy = "Use paths relative to the data folder, and put the images inside it."
@@ -273,23 +267,23 @@ def _pick_classes(
 ) -> tuple[pd.Series, tuple[str, ...]]:
     """Return (final labels, class names by target); rows of other classes get no label (NaN)."""
     present = sorted(labels.unique())
-    names = present if classes is None else [str(name) for name in classes]
-    for name in [*names, *([] if positive_class is None else [positive_class])]:
-        if name not in present:
-            raise InputError(f"class '{name}' is not in {root}; it has: {', '.join(present)}.")
+    names = [str(name) for name in (present if classes is None else classes)]
+    absent = [name for name in names if name not in present]
+    if absent:
+        raise InputError(f"classes: {absent[0]} is not in {root}; it has {', '.join(present)}.")
     if len(set(names)) < max(2, len(names)):
         raise InputError(
-            f"{root}: {len(names)} class(es) ({', '.join(names)}), at least two different ones "
-            "are needed. Check that data_path holds one folder a class, or `classes`."
+            f"{root}: classes: {', '.join(names)}: at least two different ones are needed. "
+            "Give a data_path that holds one folder a class, or other `classes`."
         )
     labels = labels.where(labels.isin(names))
     if positive_class is not None:
-        if positive_class not in names:
-            raise InputError(f"positive_class: '{positive_class}' is not one of `classes`.")
-        others = [name for name in names if name != positive_class]
+        others = [name for name in names if name != str(positive_class)]
+        if len(others) == len(names):
+            raise InputError(f"positive_class: {positive_class} is not one of {', '.join(names)}.")
         negative = others[0] if len(others) == 1 else REST
         labels = labels.replace(dict.fromkeys(others, negative))
-        names = [negative, positive_class]
+        names = [negative, str(positive_class)]
     return labels, tuple(names)
 
 
@@ -323,7 +317,7 @@ def _one_fold(
     independent = pd.Series(units).groupby(labels).nunique()
     if independent.min() < n:
         raise InputError(
-            f"class '{independent.idxmin()}' has {independent.min()} independent images or groups, "
+            f"class {independent.idxmin()} has {independent.min()} independent images or groups, "
             f"at least {n} are needed to make the {name} split. Add images, or give a split column."
         )
     if grouped:
@@ -426,6 +420,8 @@ def load_data(
     """
     _check_choice("on_unreadable", on_unreadable, ("error", "skip"))
     _check_choice("on_leakage", on_leakage, ("warn", "error"))
+    if seed not in range(2**32):
+        raise InputError(f"seed: {seed} is not a whole number from 0 to 2**32 - 1.")
     root, entries, layout = _find_chips(data_path, group_column)
     if entries.empty:
         raise InputError(f"{data_path}: no images found. Known: {', '.join(FORMATS)}.")
@@ -460,26 +456,27 @@ def _scan(root: Path, entries: pd.DataFrame, progress: bool) -> tuple[pd.DataFra
         try:
             chip, data = _read(root / img_path)
         except InputError as error:
-            return {"reason": str(error)}
-        n_bands, height, width = chip.shape
-        facts = {"height": height, "width": width, "n_bands": n_bands, "dtype": str(chip.dtype)}
-        facts |= {"min": chip.min().item(), "max": chip.max().item()}
-        return facts | {"sha256": hashlib.sha256(data).hexdigest(), "reason": ""}
+            return {"img_path": img_path, "reason": str(error)}
+        return {
+            **dict(zip(("n_bands", "height", "width"), chip.shape, strict=True)),
+            "dtype": str(chip.dtype),
+            "min": chip.min().item(),
+            "max": chip.max().item(),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
 
-    paths, facts = entries["img_path"].tolist(), []
+    paths, found = entries["img_path"].tolist(), []
     bar = tqdm(total=len(paths), desc="reading chips", disable=None if progress else True)
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 1024):  # in portions, so that the queue stays short
-            for fact in pool.map(inspect, paths[start : start + 1024]):
-                facts.append(fact)
+            for facts in pool.map(inspect, paths[start : start + 1024]):
+                found.append(facts)
                 bar.update()
-    facts = pd.DataFrame(facts, index=entries.index)
-    unreadable = facts["reason"] != ""
-    skipped = entries[["img_path"]].assign(reason=facts["reason"])[unreadable]
-    own = [column for column in entries if column not in facts]
-    manifest = pd.concat([entries[own], facts.drop(columns="reason")], axis=1)[~unreadable]
-    integers = {"height": int, "width": int, "n_bands": int} if len(manifest) else {}
-    return manifest.reset_index(drop=True).astype(integers), skipped.reset_index(drop=True)
+    readable = np.array(["sha256" in facts for facts in found])
+    manifest = entries[readable].reset_index(drop=True)
+    manifest = manifest.assign(**pd.DataFrame([facts for facts in found if "sha256" in facts]))
+    skipped = [facts for facts in found if "reason" in facts]
+    return manifest, pd.DataFrame(skipped, columns=["img_path", "reason"])
 
 
 def _unreadable_message(root: Path, skipped: pd.DataFrame, total: int) -> str:
@@ -512,14 +509,13 @@ def _check_pixels(manifest: pd.DataFrame, bands: Sequence[int] | None) -> tuple[
 
 
 def _check_classes_in_splits(manifest: pd.DataFrame, classes: tuple[str, ...], root: Path) -> None:
-    counts = _counts(manifest, classes)
-    for split in SPLITS:
-        for name in classes:
-            if not counts.loc[name, split]:
-                raise InputError(
-                    f"{root}: class '{name}' has no image in the {split} split. Add some; "
-                    "where the split is made from groups, smaller groups or another seed."
-                )
+    counts = _counts(manifest, classes).stack()
+    if counts.min() == 0:
+        name, split = counts.idxmin()
+        raise InputError(
+            f"{root}: class {name} has no image in the {split} split. Add some; "
+            "where the split is made from groups, smaller groups or another seed."
+        )
 
 
 def _counts(manifest: pd.DataFrame, classes: tuple[str, ...]) -> pd.DataFrame:
@@ -555,9 +551,11 @@ def _leaks(data: ChipData) -> list[str]:
     leaks = []
     images, groups = _shared(data.manifest, "sha256"), _shared(data.manifest, "group")
     if len(images):
-        leaks.append(f"{len(images)} byte-identical image(s) in two splits: {images.iloc[0]}")
+        leaks.append(f"{len(images)} byte-identical image(s) in two splits, e.g. {images.iloc[0]}")
     if len(groups):
-        leaks.append(f"{len(groups)} group(s) in two splits: {groups.index[0]}: {groups.iloc[0]}")
+        leaks.append(
+            f"{len(groups)} group(s) in two splits, e.g. {groups.index[0]}: {groups.iloc[0]}"
+        )
     return leaks
 
 
@@ -569,22 +567,21 @@ def data_report(data: ChipData) -> str:
     counts["all"] = counts.sum(axis=1)
     sizes = (manifest["width"].astype(str) + "x" + manifest["height"].astype(str)).value_counts()
     shown = ", ".join(f"{size} ({n})" for size, n in sizes.head(5).items())
-    positive = f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""
-    repeats = manifest["sha256"].duplicated(keep=False)
+    types = ", ".join(f"{kind} ({n})" for kind, n in manifest["dtype"].value_counts().items())
+    copies = manifest["sha256"].duplicated(keep=False).sum()
     two_labels = (manifest.groupby("sha256")["label"].nunique() > 1).sum()
-    groups = manifest["group"].loc[manifest["group"] != ""].nunique()
+    groups = manifest.loc[manifest["group"] != "", "group"].nunique()
     facts = {
         "data": f"{data.root.resolve().name} ({data.layout})",
-        "classes": ", ".join(data.classes) + positive,
+        "classes": ", ".join(data.classes)
+        + (f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""),
         "size (px)": shown + (f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""),
-        "bands": f"{manifest['n_bands'].iloc[0]} in a file, in use: "
-        + ", ".join(map(str, data.bands)),
-        "data type": ", ".join(f"{t} ({n})" for t, n in manifest["dtype"].value_counts().items()),
+        "bands": f"{manifest['n_bands'].iloc[0]} in a file, in use: {str(data.bands)[1:-1]}",
+        "data type": types,
         "values": f"{manifest['min'].min():g} to {manifest['max'].max():g}",
         "unreadable": f"{len(data.skipped)} skipped" if len(data.skipped) else "none",
-        "identical": f"{repeats.sum()} images have a byte-identical twin, "
-        f"{two_labels} of the contents under two labels",
-        "groups": f"{groups} groups" if groups else "none given",
+        "identical": f"{copies} images have a byte-identical twin, {two_labels} under two labels",
+        "groups": groups or "none given",
         "leakage": "no image and no group in two splits",
     }
     leaks = _leaks(data)

@@ -157,7 +157,7 @@ def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
     try:  # keep_default_na: a class may well be called "None" or "NA"
         entries = pd.read_csv(csv, dtype=text, keep_default_na=False, skipinitialspace=True)
     except (ValueError, OSError) as error:  # ValueError: also what pandas raises when parsing
-        raise InputError(f"{csv}: not a readable CSV file ({error}).") from error
+        raise InputError(f"{csv}: not a readable CSV file ({str(error).strip()}).") from error
     if not isinstance(entries.index, pd.RangeIndex):  # pandas took a column for row names
         raise InputError(f"{csv}: rows have more cells than the header. Quote cells with commas.")
     wanted = ["img_path", "label"] + [group_column] * (group_column != "group")
@@ -273,7 +273,7 @@ def _pick_classes(
         raise InputError(f"classes: {absent[0]} is not in {root}; it has {', '.join(present)}.")
     if len(set(names)) < max(2, len(names)):
         raise InputError(
-            f"{root}: classes: {', '.join(names)}: at least two different ones are needed. "
+            f"{root}: at least two different classes are needed, not just {', '.join(names)}. "
             "Give a data_path that holds one folder a class, or other `classes`."
         )
     labels = labels.where(labels.isin(names))
@@ -485,7 +485,7 @@ def _unreadable_message(root: Path, skipped: pd.DataFrame, total: int) -> str:
     more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     return (
         f"{root}: {len(skipped)} of {total} images cannot be read: {shown}{more}. "
-        'Replace or remove them, or pass on_unreadable="skip" where readable ones are left.'
+        'Replace or remove them, or leave them out with on_unreadable="skip".'
     )
 
 

@@ -418,7 +418,7 @@ def different_types(root):
         (no_folder, "data_path: .*nowhere does not exist. Give a folder or a CSV manifest"),
         (not_a_csv, "data_path: .*notes.txt is no CSV file"),
         (no_images, "no images found. Known: .jpg"),
-        (one_class, "classes: tree: at least two different ones are needed"),
+        (one_class, "at least two different classes are needed, not just tree. Give a data_path"),
         (loose_images, r"a.png: lies in no class folder .*Move it into one"),
         (linked_folder, "data/tree: a linked folder. Put the images inside"),
         (splits_beside_classes, r"split folders \(test, train, valid\) beside others \(lake\)"),
@@ -597,7 +597,9 @@ def test_unreadable_files_stop_the_load_or_are_skipped(tmp_path):
     assert "12 of 32 images cannot be read: tree/bad_00.png: empty file (0 bytes); tree" in str(
         error.value
     )
-    assert 'and 7 more. Replace or remove them, or pass on_unreadable="skip"' in str(error.value)
+    assert 'and 7 more. Replace or remove them, or leave them out with on_unreadable="skip"' in str(
+        error.value
+    )
     data = load_data(root, on_unreadable="skip")
     assert len(data.manifest) == 20
     assert data.skipped["img_path"].tolist() == [f"tree/bad_{i:02d}.png" for i in range(12)]

@@ -7,7 +7,7 @@ Architectures are timm's DINOv2 ViTs. Weights come from the hub through timm, fr
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import timm
@@ -366,6 +366,12 @@ class Classifier(nn.Module):
             patches = tokens[:, self.backbone.num_prefix_tokens :]
             inputs = torch.cat([inputs, patches.mean(dim=1)], dim=1)
         return self.linear_head(inputs)
+
+    def with_head(self, head_input: str, linear_head: nn.Linear) -> "Classifier":
+        """The same backbone (shared, not copied) with a trained head on one head input."""
+        classifier = Classifier(replace(self.config, head_input=head_input), self.backbone)
+        classifier.linear_head.load_state_dict(linear_head.state_dict())
+        return classifier.to(self.mean.device).eval()
 
 
 def head_columns(features: Tensor, head_input: str) -> Tensor:

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,3 +66,23 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement for `peak_memory_bytes`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    clear = Path("/proc/self/clear_refs")
+    if clear.is_file():
+        with suppress(OSError):  # not every container lets a process reset its own mark
+            clear.write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use since `reset_peak_memory`: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,91 @@
+"""Parameters, declared once: checked, offered as command-line flags and as notebook parameters."""
+
+import argparse
+import ast
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Self, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from helpers import InputError
+
+_INJECTED = "# Parameters"  # how papermill begins the cell that it adds
+
+
+class Config(BaseModel):
+    """Base of all parameter lists; every field needs a description, with unit and choices."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any, info) -> Any:
+        """Let a single value stand for a list of one, as in `papermill -p head_inputs cls`."""
+        if _is_list(cls.model_fields[info.field_name].annotation):
+            return [value] if isinstance(value, str | int | float) else value
+        return value
+
+    @classmethod
+    def checked(cls, **values) -> Self:
+        """Return the configuration, or raise InputError naming every wrong parameter."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = {e["loc"][0]: e for e in reversed(error.errors())}  # one message a parameter
+            raise InputError("; ".join(_problem(cls, e) for e in first.values())) from None
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
+        """Read the parameters out of a notebook's `globals()`.
+
+        papermill only warns of a parameter that the notebook does not have; here it is an error.
+        """
+        cells = namespace.get("In", [])
+        injected = next((cell for cell in cells if cell.startswith(_INJECTED)), "")
+        names = [
+            target.id
+            for statement in ast.parse(injected).body
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            if isinstance(target, ast.Name)
+        ]
+        known = [name for name in cls.model_fields if name in namespace]
+        return cls.checked(**{name: namespace[name] for name in [*known, *names]})
+
+    @classmethod
+    def from_arguments(cls, description: str, arguments: list[str] | None = None) -> Self:
+        """Read the parameters from the command line: `--name value`, lists as several values."""
+        parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+        for name, field in cls.model_fields.items():
+            options: dict[str, Any] = {"help": f"{field.description} (default: {field.default})"}
+            if field.annotation is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif _is_list(field.annotation):
+                options["nargs"] = "+"
+            parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
+        return cls.checked(**vars(parser.parse_args(arguments)))
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command-line entry point; an InputError becomes one line and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_list(annotation) -> bool:
+    """Whether a field holds several values: `tuple[int, ...]` or `tuple[int, ...] | None`."""
+    return get_origin(annotation) is tuple or any(
+        get_origin(part) is tuple for part in getattr(annotation, "__args__", ())
+    )
+
+
+def _problem(cls: type[Config], error) -> str:
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown parameter; the parameters are {', '.join(cls.model_fields)}"
+    what = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {what} (got {error['input']!r})"

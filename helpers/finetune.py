@@ -1,0 +1,440 @@
+"""From data and a backbone to a trained classifier, its history and its test metrics.
+
+`python -m helpers.finetune --data_path ./data/ --output_path ./models/` does it from the shell.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from pydantic import Field, PositiveInt
+from sklearn.metrics import confusion_matrix
+from torch import Tensor, nn
+
+from helpers import InputError
+from helpers.config import Config, run_command
+from helpers.features import (
+    DIHEDRAL_VIEWS,
+    Features,
+    cached_features,
+    colour_statistics,
+    extract_features,
+    logistic_probe,
+)
+from helpers.fit import FeatureExamples, FitSettings, Progress, fit
+from helpers.load_data import SPLITS, ChipData, band_statistics, load_data
+from helpers.metrics import METRICS, evaluate, majority_probabilities
+from helpers.model import (
+    HEAD_INPUTS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Classifier,
+    ClassifierConfig,
+    backbone_label,
+    count_parameters,
+    create_classifier,
+    head_columns,
+    save_classifier,
+)
+from helpers.records import ROOT, environment, write_json, written_whole
+
+EXAMPLE_DATA = ROOT / "example"
+
+
+class RunConfig(Config):
+    """Everything that decides a training run."""
+
+    data_path: str = Field(
+        "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
+    )
+    classes: tuple[str, ...] | None = Field(None, description="classes to keep, in order")
+    positive_class: str | None = Field(
+        None, description="the positive one; of more than two classes the others are merged"
+    )
+    bands: tuple[int, ...] | None = Field(
+        None, description="zero-based bands, in order; the first three by default"
+    )
+    group_column: str = Field("group", description="manifest column of what stays in one split")
+    on_unreadable: Literal["error", "skip"] = Field("error", description="error or skip")
+    on_leakage: Literal["warn", "error"] = Field(
+        "warn", description="what to do if given splits share images or groups: warn or error"
+    )
+    backbone: str = Field("example", description="example, dinov2_vit{s,b,l,g}14, each with _reg")
+    weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
+    image_size: PositiveInt = Field(98, description="pixels, a multiple of 14")
+    method: Literal["head_only"] = Field("head_only", description="head_only")
+    head_inputs: tuple[Literal[tuple(HEAD_INPUTS)], ...] = Field(
+        tuple(HEAD_INPUTS), min_length=1, description=f"to sweep, from {', '.join(HEAD_INPUTS)}"
+    )
+    learning_rates: tuple[float, ...] = Field(
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), min_length=1, description="to sweep, of AdamW"
+    )
+    weight_decays: tuple[float, ...] = Field(
+        (0.0, 0.1), min_length=1, description="to sweep, of AdamW"
+    )
+    epochs: PositiveInt = Field(100, description="at most, passes over the training images")
+    patience: PositiveInt = Field(
+        20, description="epochs without a lower validation loss before a head stops"
+    )
+    batch_size: PositiveInt = Field(128, description="images per optimizer step")
+    augment: bool = Field(False, description="train on all eight flips and rotations")
+    seed: int = Field(0, ge=0, description="of splits, initial weights and the order of images")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    output_path: str = Field("models", description="folder for classifiers")
+    history_path: str = Field("training_history", description="folder for histories and results")
+    cache_path: str = Field("cache", description="folder for frozen features")
+    run_name: str | None = Field(None, description="name of the run's files; made up by default")
+
+    def data(self) -> ChipData:
+        """Load and check the chips.
+
+        Raises:
+            InputError: as `load_data`.
+        """
+        return load_data(
+            EXAMPLE_DATA if self.data_path == "example" else self.data_path,
+            bands=self.bands,
+            classes=self.classes,
+            positive_class=self.positive_class,
+            group_column=self.group_column,
+            seed=self.seed,
+            on_unreadable=self.on_unreadable,
+            on_leakage=self.on_leakage,
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        data = Path(self.data_path).stem
+        return self.run_name or f"{self.method}_{data}_{self.backbone}_seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """Backbone and weights as tables and figures must name them."""
+        return backbone_label(self.backbone, self.weights)
+
+    @property
+    def torch_device(self) -> str:
+        """`cpu` or `cuda`.
+
+        Raises:
+            InputError: cuda was asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device: cuda was asked for and no GPU is visible; use cpu or auto")
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Args:
+        classifier: holds the weights of the best epoch.
+        history: one row per epoch of the chosen candidate (`fit.HISTORY_COLUMNS`).
+        candidates: one row per candidate of the sweep.
+        predictions: one row per test chip: img_path, label, target, predicted and the
+            probability of each class, `p_<class>`.
+        record: what the run's JSON holds.
+    """
+
+    classifier: Classifier
+    history: pd.DataFrame
+    candidates: pd.DataFrame
+    predictions: pd.DataFrame
+    record: dict
+
+
+# --- Head only -----------------------------------------------------------------------------------
+
+
+class HeadSweep(nn.Module):
+    """Linear heads side by side on one feature matrix: every combination of a sweep."""
+
+    def __init__(self, candidates: pd.DataFrame, width: int, classes: int):
+        """One head per row of candidates (head_input, sorted by it), width of the backbone."""
+        super().__init__()
+        self.inputs = candidates.head_input.tolist()
+        self.heads = nn.ModuleList(
+            nn.Linear(width * HEAD_INPUTS[name], classes) for name in self.inputs
+        )
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, 5 * width) -> logits (heads, N, classes)."""
+        logits = []
+        # Heads with the same input share one matrix product.
+        for name, group in itertools.groupby(
+            zip(self.inputs, self.heads, strict=True), lambda p: p[0]
+        ):
+            heads = [head for _, head in group]
+            weight = torch.cat([head.weight for head in heads])
+            bias = torch.cat([head.bias for head in heads])
+            product = nn.functional.linear(head_columns(features, name), weight, bias)
+            logits.append(product.unflatten(1, (len(heads), -1)).transpose(0, 1))
+        return torch.cat(logits)
+
+
+def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
+    """Build the classifier for a data set, before training.
+
+    8-bit chips of three bands are normalised with ImageNet's statistics, as DINOv2 was trained;
+    any others with those of the training split.
+    """
+    if len(data.bands) == 3 and set(data.manifest.dtype) == {"uint8"}:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        mean, std = (tuple(map(float, s)) for s in band_statistics(data, config.image_size))
+    torch.manual_seed(config.seed)
+    return create_classifier(
+        ClassifierConfig(
+            backbone=config.backbone,
+            weights=config.weights,
+            image_size=config.image_size,
+            bands=data.bands,
+            classes=data.classes,
+            head_input=config.head_inputs[0],
+            mean=mean,
+            std=std,
+        )
+    )
+
+
+def split_features(
+    config: RunConfig, data: ChipData, classifier: Classifier, split: str
+) -> Features:
+    """Frozen features of a split, from the cache where they are there already."""
+    augmented = config.augment and split == "train"
+    return cached_features(
+        classifier,
+        data,
+        split,
+        cache_path=config.cache_path,
+        device=config.torch_device,
+        views=DIHEDRAL_VIEWS if augmented else 1,
+    )
+
+
+def sweep(config: RunConfig) -> pd.DataFrame:
+    """All candidates of a head-only run: head_input, learning_rate, weight_decay."""
+    rows = itertools.product(config.head_inputs, config.learning_rates, config.weight_decays)
+    return pd.DataFrame(rows, columns=["head_input", "learning_rate", "weight_decay"])
+
+
+def fit_heads(
+    config: RunConfig, train: Features, valid: Features, classes: int, report=print
+) -> tuple[HeadSweep, Progress]:
+    """Train every head of the sweep on cached features in one go."""
+    candidates = sweep(config)
+    torch.manual_seed(config.seed)
+    heads = HeadSweep(candidates, train.values.shape[-1] // 5, classes)
+    heads.to(config.torch_device)
+    groups = [
+        {
+            "params": list(head.parameters()),
+            "lr": row.learning_rate,
+            "weight_decay": row.weight_decay,
+        }
+        for head, row in zip(heads.heads, candidates.itertuples(), strict=True)
+    ]
+    with _one_thread():
+        progress = fit(
+            heads,
+            groups,
+            FeatureExamples(train.values, train.targets),
+            FeatureExamples(valid.values, valid.targets),
+            FitSettings(config.epochs, config.patience, config.batch_size, seed=config.seed),
+            accelerator=Accelerator(cpu=config.torch_device == "cpu"),
+            report=report,
+        )
+    return heads, progress
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Heads are too small to share: threads would spend more time waiting than computing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_head_only(config: RunConfig, data: ChipData, classifier: Classifier, report=print) -> Run:
+    """Train the sweep's heads on frozen features, keep the best, test it once.
+
+    Raises:
+        InputError: no head trained to a finite loss, or device not there.
+    """
+    train = split_features(config, data, classifier, "train")
+    valid = split_features(config, data, classifier, "valid")
+    report(
+        f"features of {len(train.targets) + len(valid.targets)} chips: "
+        + ("read from the cache" if train.from_cache and valid.from_cache else "computed")
+    )
+    heads, progress = fit_heads(config, train, valid, len(data.classes), report)
+    candidates = sweep(config).assign(
+        best_epoch=progress.best_epoch,
+        valid_loss=progress.best_loss,
+        valid_auroc=[
+            history[epoch - 1]["valid_auroc"] if epoch else np.nan
+            for history, epoch in zip(progress.histories, progress.best_epoch, strict=True)
+        ],
+        failure=progress.failures,
+    )
+    best = classifier.with_head(heads.inputs[progress.best], heads.heads[progress.best])
+    test = split_features(config, data, best, "test")
+    with torch.inference_mode():
+        logits = best.linear_head(
+            head_columns(test.values[0], best.config.head_input).to(best.mean.device)
+        )
+    return finished_run(config, data, best, progress, candidates, logits.softmax(dim=1).cpu())
+
+
+def caching_benefit(config: RunConfig, data: ChipData, classifier: Classifier) -> pd.DataFrame:
+    """Measure what caching buys: one pass of the frozen backbone against epochs of one head.
+
+    Returns:
+        Rows `quantity`, `seconds`: an uncached epoch (decoding and forward pass over train and
+        valid, plus one epoch of the head), and `epochs` epochs of one head with the pass done
+        once; both measured now, in this order, without reading the cache.
+    """
+    train, valid = (
+        extract_features(
+            classifier, data.dataset(split, config.image_size), device=config.torch_device
+        )
+        for split in ("train", "valid")
+    )
+    one_head = config.model_copy(
+        update={
+            "head_inputs": config.head_inputs[:1],
+            "learning_rates": config.learning_rates[:1],
+            "weight_decays": config.weight_decays[:1],
+            "patience": config.epochs,
+        }
+    )
+    start = time.perf_counter()
+    fit_heads(one_head, train, valid, len(data.classes), report=lambda line: None)
+    heads = time.perf_counter() - start
+    forward = train.seconds + valid.seconds
+    return pd.DataFrame(
+        {
+            "one forward pass": [forward],
+            f"{config.epochs} epochs of one head": [heads],
+            "ratio": [heads / forward],
+            f"{config.epochs} uncached epochs": [config.epochs * forward + heads],
+        }
+    )
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+def baselines(data: ChipData, image_size: int) -> dict[str, np.ndarray]:
+    """Test probabilities (M, classes) of what a model must beat, by name."""
+    train, test = (data.dataset(split, image_size) for split in ("train", "test"))
+    targets = train.targets.numpy()
+    return {
+        "majority class": majority_probabilities(targets, len(test), len(data.classes)),
+        "colour statistics": logistic_probe(
+            colour_statistics(train), targets, colour_statistics(test)
+        ),
+    }
+
+
+def finished_run(
+    config: RunConfig,
+    data: ChipData,
+    classifier: Classifier,
+    progress: Progress,
+    candidates: pd.DataFrame,
+    probabilities: Tensor,
+) -> Run:
+    """Gather what a run leaves behind; test metrics come from probabilities (M, classes)."""
+    test = data.manifest[data.manifest.split == "test"]
+    targets = test.target.to_numpy()
+    rows = baselines(data, config.image_size) | {config.label: probabilities.numpy()}
+    history = progress.history(progress.best)
+    record = {
+        "run": config.name,
+        "backbone": config.label,
+        "method": config.method,
+        "data": Path(config.data_path).name,
+        "config": config.model_dump(),
+        "classifier": asdict(classifier.config),
+        "parameters": count_parameters(classifier)
+        | {"trainable": count_parameters(classifier.linear_head)["total"]},
+        "data_fingerprint": data.fingerprint,
+        "chips": {split: int((data.manifest.split == split).sum()) for split in SPLITS},
+        "best_epoch": progress.best_epoch[progress.best],
+        "epochs_trained": len(history),
+        "failure": progress.failures[progress.best],
+        "test": {name: evaluate(targets, p).round(6).to_dict("index") for name, p in rows.items()},
+        "confusion_matrix": confusion_matrix(
+            targets, probabilities.argmax(dim=1), labels=range(len(data.classes))
+        ).tolist(),
+        "environment": environment(),
+    }
+    predictions = test[["img_path", "label", "target"]].assign(
+        predicted=probabilities.argmax(dim=1).numpy(),
+        **{f"p_{name}": probabilities[:, i].numpy() for i, name in enumerate(data.classes)},
+    )
+    return Run(classifier, history, candidates, predictions.reset_index(drop=True), record)
+
+
+def save_run(config: RunConfig, run: Run) -> list[Path]:
+    """Write the classifier, history, sweep, predictions and record; return the files."""
+    history_path = Path(config.history_path)
+    tables = {"": run.history, "_candidates": run.candidates, "_predictions": run.predictions}
+    files = [
+        save_classifier(
+            run.classifier,
+            Path(config.output_path) / config.name / "model_final.safetensors",
+            run.record,
+        )
+    ]
+    for suffix, table in tables.items():
+        files.append(history_path / f"{config.name}{suffix}.csv")
+        with written_whole(files[-1]) as part:
+            table.to_csv(part, index=False, float_format="%.6g")
+    files.append(history_path / f"{config.name}.json")
+    write_json(files[-1], run.record)
+    return files
+
+
+def test_table(record: dict) -> pd.DataFrame:
+    """Test metrics of a run and its baselines as text, `value [low, high]`, one row a model."""
+    return pd.DataFrame(
+        {
+            name: {m: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**values[m]) for m in METRICS}
+            for name, values in record["test"].items()
+        }
+    ).T
+
+
+def main() -> None:
+    """Train from the shell and print the test table."""
+    config = RunConfig.from_arguments(main.__doc__)
+    data = config.data()
+    run = train_head_only(config, data, new_classifier(config, data))
+    files = save_run(config, run)
+    print(f"\nTest split, {len(run.predictions)} chips, 95 % bootstrap intervals\n")
+    print(test_table(run.record).T.to_string())
+    print("\nwrote " + ", ".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -165,3 +167,29 @@ def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> 
     """
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return probe.fit(train, targets).predict_proba(test)
+
+
+@torch.inference_mode()
+def token_components(classifier: Classifier, chips: Tensor) -> np.ndarray:
+    """First three principal components of all patch tokens, as colours at chip size.
+
+    The picture that DINOv2 is known for (Oquab et al. 2023, figure 1), here with one common PCA
+    over all chips, so that equal colours mean similar tokens.
+
+    Args:
+        classifier: its head is not used.
+        chips: (N, bands, S, S).
+
+    Returns:
+        (N, S, S, 3) float in 0..1.
+    """
+    classifier.eval()
+    tokens = classifier.backbone.forward_features(classifier.normalize(chips))
+    patches = tokens[:, classifier.backbone.num_prefix_tokens :].cpu()
+    side = classifier.backbone.patch_embed.grid_size[0]
+    components = PCA(3, random_state=0).fit_transform(patches.flatten(0, 1).numpy())
+    low, high = np.percentile(components, [1, 99], axis=0)
+    colours = torch.from_numpy(((components - low) / (high - low)).clip(0, 1))
+    maps = colours.view(len(chips), side, side, 3).permute(0, 3, 1, 2)
+    large = functional.interpolate(maps, size=chips.shape[-1], mode="bicubic").clamp(0, 1)
+    return large.permute(0, 2, 3, 1).numpy()

@@ -7,6 +7,7 @@ Architectures are timm's DINOv2 ViTs. Weights come from the hub through timm, fr
 import hashlib
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -393,6 +394,29 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
     """Numbers of parameters: `total` and `trainable`."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return {"total": sum(n for n, _ in sizes), "trainable": sum(n for n, grad in sizes if grad)}
+
+
+def export_onnx(classifier: Classifier, path: str | Path) -> Path:
+    """Write the classifier as an ONNX file: `chips` (batch, bands, S, S) uint8 -> `logits`.
+
+    The batch size stays free. Nodes carry the module they come from in their metadata.
+    """
+    size, bands = classifier.config.image_size, len(classifier.config.bands)
+    # Two chips: with one, the exporter would take the batch size for a constant.
+    chips = torch.zeros(2, bands, size, size, dtype=torch.uint8)
+    with warnings.catch_warnings(action="ignore"):  # deprecations between torch and itself
+        program = torch.onnx.export(
+            classifier.eval(),
+            (chips,),
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            input_names=["chips"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    with written_whole(path) as part:
+        program.save(part)
+    return Path(path)
 
 
 # --- Files ---------------------------------------------------------------------------------------

@@ -1,0 +1,254 @@
+"""Every figure of the notebooks, drawn from tables and arrays that were computed elsewhere.
+
+Each function returns a matplotlib figure; `save` writes it and the table behind it.
+"""
+
+import ast
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import onnx
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from helpers.records import written_whole
+
+PALETTE = sns.color_palette("colorblind")
+PAGE = 9.0  # inches, the width of a rendered notebook
+
+
+def use_style() -> None:
+    """Set the look of every figure: colour-blind-safe, readable at page width."""
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9)
+    matplotlib.rcParams |= {"figure.dpi": 96, "savefig.dpi": 144, "axes.titlesize": "medium"}
+
+
+def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) -> Figure:
+    """Write a figure as PNG and, beside it, the table it was drawn from as CSV."""
+    path = Path(path)
+    with written_whole(path) as part:
+        # Without the Software entry the same figure is the same file everywhere.
+        figure.savefig(part, bbox_inches="tight", metadata={"Software": None})
+    if table is not None:
+        with written_whole(path.with_suffix(".csv")) as part:
+            table.to_csv(part, index=False, float_format="%.6g")
+    plt.close(figure)
+    return figure
+
+
+def as_rgb(chip: np.ndarray) -> np.ndarray:
+    """A chip (bands, H, W) as (H, W, 3) in 0..1: its first three bands, or the first as grey.
+
+    Values that are not 8-bit are stretched from their 2nd to their 98th percentile.
+    """
+    bands = chip[:3] if len(chip) >= 3 else chip[:1].repeat(3, axis=0)
+    image = np.moveaxis(bands, 0, 2).astype(np.float32)
+    if chip.dtype == np.uint8:
+        return image / 255
+    low, high = np.percentile(image, [2, 98])
+    return np.clip((image - low) / max(high - low, 1e-9), 0, 1)
+
+
+def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None) -> Figure:
+    """Rows of images under a name each; images are (bands, H, W) chips or (H, W, 3) colours."""
+    columns = max(len(images) for images in rows.values())
+    size = PAGE / columns
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(PAGE, size * len(rows) * 1.12), squeeze=False
+    )
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image if image.shape[-1] == 3 else as_rgb(image))
+        line[0].set_title(name, loc="left", fontsize=10)
+    for axis, title in zip(axes.flat, titles or [], strict=False):
+        axis.set_title(title, fontsize=8)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Loss, accuracy and AUROC by epoch; a dotted line marks the epoch that was kept."""
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.2))
+    best = history.epoch[history.valid_loss.idxmin()]
+    panels = (
+        ("loss (mean cross entropy per image)", {"train": "train_loss", "valid": "valid_loss"}),
+        (
+            "share",
+            {
+                "train accuracy": "train_acc",
+                "valid accuracy": "valid_acc",
+                "valid AUROC": "valid_auroc",
+            },
+        ),
+    )
+    for axis, (label, columns) in zip(axes, panels, strict=True):
+        for name, column in columns.items():
+            axis.plot(history.epoch, history[column], label=name)
+        axis.axvline(best, color="0.4", linestyle=":", label=f"kept: epoch {best}")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend(fontsize=8)
+    axes[0].set_ylim(bottom=0)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
+    """Best validation loss of every head: learning rate by head input, a panel a weight decay."""
+    decays = sorted(candidates.weight_decay.unique())
+    figure, axes = plt.subplots(
+        1, len(decays), figsize=(PAGE, 1.1 + 0.5 * candidates.head_input.nunique()), squeeze=False
+    )
+    limits = {"vmin": candidates.valid_loss.min(), "vmax": candidates.valid_loss.quantile(0.9)}
+    for axis, decay in zip(axes.flat, decays, strict=True):
+        table = candidates[candidates.weight_decay == decay].pivot(
+            index="head_input", columns="learning_rate", values="valid_loss"
+        )
+        sns.heatmap(table, annot=True, fmt=".3f", cmap="cividis_r", cbar=False, ax=axis, **limits)
+        axis.set(
+            title=f"weight decay {decay:g}", xlabel="learning rate (AdamW)", ylabel="head input"
+        )
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def intervals(table: pd.DataFrame, title: str) -> Figure:
+    """Values with their intervals: table of `model`, `metric`, `value`, `low`, `high`."""
+    metrics = list(dict.fromkeys(table.metric))
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(PAGE, 0.9 + 0.34 * table.model.nunique()), sharey=True
+    )
+    names = list(dict.fromkeys(table.model))[::-1]
+    for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
+        rows = table[table.metric == metric].set_index("model").loc[names]
+        for height, row in enumerate(rows.itertuples()):
+            colour = PALETTE[(len(names) - 1 - height) % len(PALETTE)]
+            axis.plot([row.low, row.high], [height, height], color=colour, linewidth=2)
+            axis.plot(row.value, height, "o", color=colour)
+        axis.set(title=metric.replace("_", " "), yticks=range(len(names)), yticklabels=names)
+        axis.margins(y=0.15)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
+    """Counts of test chips by true and predicted class."""
+    figure, axis = plt.subplots(figsize=(3.2 + 0.4 * len(classes), 2.2 + 0.3 * len(classes)))
+    sns.heatmap(
+        np.array(matrix),
+        annot=True,
+        fmt="d",
+        cmap="cividis",
+        cbar=False,
+        xticklabels=classes,
+        yticklabels=classes,
+        ax=axis,
+    )
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    figure.tight_layout()
+    return figure
+
+
+# --- The exported graph --------------------------------------------------------------------------
+
+# ONNX operators that move or reshape data without computing.
+_LAYOUT = {"Concat", "Expand", "Gather", "Reshape", "Shape", "Slice", "Squeeze", "Transpose"}
+
+
+def onnx_layers(path: str | Path) -> pd.DataFrame:
+    """Read an exported classifier's graph as one row per visit of a module, in execution order.
+
+    Returns:
+        Columns `module` (dotted path, `forward` for the classifier's own code), `block` (index of
+        the transformer block or -1), `operators` (ONNX types that compute), `layout_operators`
+        (how many only move data) and `output` (shape of the last output).
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in [*graph.value_info, *graph.output]
+    }
+    rows: list[dict] = []
+    for node in graph.node:
+        module = _module_of(node)
+        if not rows or rows[-1]["module"] != module:
+            rows.append({"module": module, "operators": [], "layout_operators": 0})
+        if node.op_type in _LAYOUT:
+            rows[-1]["layout_operators"] += 1
+        else:
+            rows[-1]["operators"].append(node.op_type)
+        rows[-1]["output"] = " x ".join(map(str, shapes.get(node.output[0], [])))
+    table = pd.DataFrame(rows)
+    table["operators"] = table.operators.map(", ".join)
+    blocks = table.module.str.extract(r"blocks\.(\d+)")[0]
+    return table.assign(block=blocks.fillna(-1).astype(int))
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    """The module that a node was exported from, out of the exporter's metadata."""
+    metadata = {entry.key: entry.value for entry in node.metadata_props}
+    *scopes, _operation = ast.literal_eval(metadata["pkg.torch.onnx.name_scopes"])
+    return scopes[-1] if scopes and not scopes[-1].startswith("_") and scopes[-1] else "forward"
+
+
+def onnx_diagram(layers: pd.DataFrame, title: str) -> Figure:
+    """Block diagram of `onnx_layers`: the whole path left, one transformer block right.
+
+    Raises:
+        ValueError: the blocks are not alike, so that one cannot stand for all.
+    """
+    of_block = {
+        block: rows.assign(module=rows.module.str.split(".").str[3:].str.join("."))
+        for block, rows in layers[layers.block >= 0].groupby("block")
+    }
+    kinds = {tuple(rows.module + rows.operators) for rows in of_block.values()}
+    if len(kinds) != 1:
+        raise ValueError("the transformer blocks of the graph differ")
+    first = layers.index[layers.block >= 0][0]
+    stack = pd.DataFrame(
+        {
+            "module": [f"backbone.blocks: {len(of_block)} alike, see right"],
+            "operators": [""],
+            "layout_operators": [0],
+            "output": [layers.output[layers.block >= 0].iloc[-1]],
+        }
+    )
+    outside = layers[layers.block < 0]
+    path = pd.concat([outside[outside.index < first], stack, outside[outside.index > first]])
+    block = of_block[0].assign(module=of_block[0].module.replace("", "residual sum"))
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 0.62 * max(len(path), len(block)) + 0.6))
+    _boxes(axes[0], path, "the whole path", PALETTE[0], len(block))
+    _boxes(axes[1], block, "one transformer block", PALETTE[1], len(block))
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _boxes(axis, rows: pd.DataFrame, title: str, colour, height: int) -> None:
+    """A column of boxes joined by arrows: module, operators, output shape."""
+    axis.set(xlim=(0, 10), ylim=(-max(height, len(rows)) + 0.3, 0.8))
+    axis.set_axis_off()
+    axis.set_title(title, loc="left")
+    for i, row in enumerate(rows.itertuples()):
+        axis.add_patch(
+            FancyBboxPatch(
+                (0.2, -i - 0.3), 9.6, 0.68, boxstyle="round,pad=0.02", facecolor=(*colour, 0.15),
+                edgecolor=colour,
+            )
+        )  # fmt: skip
+        layout = f"+ {row.layout_operators} layout" if row.layout_operators else ""
+        axis.text(0.4, -i + 0.19, row.module, fontsize=8.5, va="center", weight="bold")
+        axis.text(9.6, -i + 0.19, row.output, fontsize=8, va="center", ha="right")
+        axis.text(0.4, -i - 0.12, f"{row.operators} {layout}".strip(), fontsize=8, va="center")
+        if i:
+            axis.annotate(
+                "", (5, -i + 0.38), (5, -i + 0.7), arrowprops={"arrowstyle": "->", "color": "0.3"}
+            )

@@ -4,7 +4,9 @@
     python example/build_example.py deepforest-2.1.0-py3-none-any.whl
 
 The wheel is read as a zip archive, never installed or imported. Writes `chips/`, `manifest.csv`
-and `LICENSE.deepforest` beside this script and prints the table that stands in `CARD.md`.
+and `LICENSE.deepforest` beside this script and prints the table that stands in `CARD.md`. A folder
+as second argument also receives the whole ground of the training blocks, one PNG a block: what
+`pretrain_backbone.py` may see of these scenes.
 """
 
 import csv
@@ -93,6 +95,19 @@ def cut_scene(name: str, pixels: np.ndarray, crowns: np.ndarray) -> list[tuple[d
     return chips
 
 
+def training_ground(name: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Every training block of a scene, dropped chips and margins included, by group name."""
+    side = BLOCK_SIZE * CHIP_SIZE
+    return {
+        f"{name}_{row}_{column}": pixels[
+            row * side : (row + 1) * side, column * side : (column + 1) * side
+        ]
+        for row in range(-(-pixels.shape[0] // side))
+        for column in range(-(-pixels.shape[1] // side))
+        if block_split(row, column) == "train"
+    }
+
+
 def summary_table(rows: list[dict]) -> str:
     """Markdown table of chip counts, class x scene x split, from manifest rows."""
     splits, labels = ("train", "valid", "test"), ("tree", "no_tree")
@@ -110,20 +125,34 @@ def summary_table(rows: list[dict]) -> str:
     return "\n".join([*lines, "| all | " + " | ".join(map(str, totals)) + " |"])
 
 
-def build(wheel: Path, output: Path) -> list[dict]:
-    """Write chips, manifest and licence under `output`; returns the manifest's rows.
+def read_scenes(wheel: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scene name -> pixels (H, W, 3) uint8 and crown mask (H, W) bool.
 
-    Everything is cut before anything is written, so a wheel without one of the scenes
-    (KeyError) or a file that is no archive (zipfile.BadZipFile) changes nothing on disk.
+    Raises zipfile.BadZipFile for a file that is no archive, KeyError for one without the scenes.
     """
-    chips = []
+    scenes = {}
     with zipfile.ZipFile(wheel) as archive:
-        licence = archive.read("deepforest-2.1.0.dist-info/licenses/LICENSE")
         for name, stem in SCENES.items():
             image = Image.open(io.BytesIO(archive.read(f"deepforest/data/{stem}.png")))
             pixels = np.asarray(image.convert("RGB"))
             xml = archive.read(f"deepforest/data/{stem}.xml")
-            chips += cut_scene(name, pixels, crown_mask(xml, *pixels.shape[:2]))
+            scenes[name] = pixels, crown_mask(xml, *pixels.shape[:2])
+    return scenes
+
+
+def build(wheel: Path, output: Path) -> list[dict]:
+    """Write chips, manifest and licence under `output`; returns the manifest's rows.
+
+    Everything is cut before anything is written, so a wheel that `read_scenes` refuses changes
+    nothing on disk.
+    """
+    chips = [
+        chip
+        for name, (pixels, crowns) in read_scenes(wheel).items()
+        for chip in cut_scene(name, pixels, crowns)
+    ]
+    with zipfile.ZipFile(wheel) as archive:
+        licence = archive.read("deepforest-2.1.0.dist-info/licenses/LICENSE")
 
     shutil.rmtree(output / "chips", ignore_errors=True)
     for row, jpeg in chips:
@@ -140,6 +169,14 @@ def build(wheel: Path, output: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not zipfile.is_zipfile(sys.argv[1]):
-        sys.exit("usage: python example/build_example.py deepforest-2.1.0-py3-none-any.whl")
+    if len(sys.argv) not in (2, 3) or not zipfile.is_zipfile(sys.argv[1]):
+        sys.exit(
+            "usage: python example/build_example.py deepforest-2.1.0-py3-none-any.whl [FOLDER]"
+        )
     print(summary_table(build(Path(sys.argv[1]), Path(__file__).parent)))
+    if len(sys.argv) == 3:
+        folder = Path(sys.argv[2])
+        folder.mkdir(parents=True, exist_ok=True)
+        for scene, (scene_pixels, _) in read_scenes(Path(sys.argv[1])).items():
+            for group, ground in training_ground(scene, scene_pixels).items():
+                Image.fromarray(ground).save(folder / f"{group}.png")

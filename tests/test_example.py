@@ -95,6 +95,21 @@ def test_blocks_of_a_scene_share_no_ground():
     assert {row["group"] for row in rows if row["img_path"].endswith("S_03_04.jpg")} == {"S_0_1"}
 
 
+def test_training_ground_holds_training_pixels_only():
+    side = 98 * build_example.BLOCK_SIZE
+    rows, columns = np.indices((side * 5 // 2, side * 7 // 2)) // side
+    scene = np.stack([rows, columns, rows], axis=2).astype(np.uint8)
+    ground = build_example.training_ground("S", scene)
+    for name, pixels in ground.items():
+        row, column = map(int, name.split("_")[1:])
+        assert build_example.block_split(row, column) == "train"
+        assert (pixels == (row, column, row)).all()
+    expected = sum(
+        build_example.block_split(row, column) == "train" for row in range(3) for column in range(4)
+    )
+    assert len(ground) == expected > 1
+
+
 @pytest.fixture
 def tiny_wheel(tmp_path):
     """A wheel with four small random scenes, half of each under a crown box."""

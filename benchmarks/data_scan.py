@@ -32,7 +32,7 @@ def peak_mb():
 
 imports = peak_mb()
 start = time.perf_counter()
-data = load_data(sys.argv[1], progress=False)
+data = load_data(sys.argv[1])
 loaded, scan = time.perf_counter(), peak_mb()
 n = sum(len(chips) for split in SPLITS
         for chips, _ in DataLoader(data.dataset(split, int(sys.argv[2])), batch_size=64))

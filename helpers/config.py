@@ -2,8 +2,7 @@
 
 import argparse
 import ast
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -65,15 +64,6 @@ class Config(BaseModel):
                 options["nargs"] = "+"
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
         return cls.checked(**vars(parser.parse_args(arguments)))
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line entry point; an InputError becomes one line and exit status 2."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _is_list(annotation) -> bool:

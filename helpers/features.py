@@ -21,8 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from helpers.console import progress_bar
 from helpers.load_data import ChipData, ChipDataset
 from helpers.model import Classifier, weights_digest
 from helpers.records import written_whole
@@ -68,7 +68,6 @@ def extract_features(
     device: str = "cpu",
     batch_size: int = 64,
     views: int = 1,
-    progress: str | None = None,
 ) -> Features:
     """Run the frozen backbone once over a split.
 
@@ -78,13 +77,12 @@ def extract_features(
         device: where the forward pass runs; the result is on the CPU.
         batch_size: chips at a time; it does not change the result beyond rounding.
         views: 1, or 8 for all flips and rotations (`dihedral`).
-        progress: label of a progress bar; None for no bar.
     """
     start = time.perf_counter()
     classifier = classifier.to(device).eval()
     width = 5 * classifier.backbone.embed_dim
     values = torch.empty(views, len(dataset), width)
-    with tqdm(total=len(dataset), desc=progress, unit="chip", disable=progress is None) as bar:
+    with progress_bar(total=len(dataset), desc="features", unit="chip") as bar:
         done = 0
         for chips, _ in batches(dataset, batch_size):
             chips = chips.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from helpers import InputError
-from helpers.config import Config, run_command
+from helpers.console import run_command
 from helpers.features import (
     DIHEDRAL_VIEWS,
     Features,
@@ -30,7 +30,7 @@ from helpers.features import (
     logistic_probe,
 )
 from helpers.fit import FeatureExamples, FitSettings, Progress, fit
-from helpers.load_data import SPLITS, ChipData, band_statistics, load_data
+from helpers.load_data import SPLITS, ChipData, DataConfig, band_statistics
 from helpers.metrics import METRICS, evaluate, majority_probabilities
 from helpers.model import (
     HEAD_INPUTS,
@@ -44,29 +44,12 @@ from helpers.model import (
     head_columns,
     save_classifier,
 )
-from helpers.records import ROOT, environment, write_json, written_whole
-
-EXAMPLE_DATA = ROOT / "example"
+from helpers.records import environment, write_json, written_whole
 
 
-class RunConfig(Config):
+class RunConfig(DataConfig):
     """Everything that decides a training run."""
 
-    data_path: str = Field(
-        "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
-    )
-    classes: tuple[str, ...] | None = Field(None, description="classes to keep, in order")
-    positive_class: str | None = Field(
-        None, description="the positive one; of more than two classes the others are merged"
-    )
-    bands: tuple[int, ...] | None = Field(
-        None, description="zero-based bands, in order; the first three by default"
-    )
-    group_column: str = Field("group", description="manifest column of what stays in one split")
-    on_unreadable: Literal["error", "skip"] = Field("error", description="error or skip")
-    on_leakage: Literal["warn", "error"] = Field(
-        "warn", description="what to do if given splits share images or groups: warn or error"
-    )
     backbone: str = Field("example", description="example, dinov2_vit{s,b,l,g}14, each with _reg")
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
     image_size: PositiveInt = Field(98, description="pixels, a multiple of 14")
@@ -86,29 +69,12 @@ class RunConfig(Config):
     )
     batch_size: PositiveInt = Field(128, description="images per optimizer step")
     augment: bool = Field(False, description="train on all eight flips and rotations")
-    seed: int = Field(0, ge=0, description="of splits, initial weights and the order of images")
+    seed: int = Field(0, ge=0, description="of initial weights and the order of images")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     output_path: str = Field("models", description="folder for classifiers")
     history_path: str = Field("training_history", description="folder for histories and results")
     cache_path: str = Field("cache", description="folder for frozen features")
     run_name: str | None = Field(None, description="name of the run's files; made up by default")
-
-    def data(self) -> ChipData:
-        """Load and check the chips.
-
-        Raises:
-            InputError: as `load_data`.
-        """
-        return load_data(
-            EXAMPLE_DATA if self.data_path == "example" else self.data_path,
-            bands=self.bands,
-            classes=self.classes,
-            positive_class=self.positive_class,
-            group_column=self.group_column,
-            seed=self.seed,
-            on_unreadable=self.on_unreadable,
-            on_leakage=self.on_leakage,
-        )
 
     @property
     def name(self) -> str:

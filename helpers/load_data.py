@@ -6,24 +6,24 @@ A chip is one image file: JPEG, PNG, TIFF/GeoTIFF or `.npy` of shape (bands, hei
 Every file is read once to check it; what was found is one row of the manifest.
 """
 
-import argparse
 import hashlib
 import io
 import os
 import posixpath
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import rasterio
 import torch
 from PIL import Image
+from pydantic import Field
 from rasterio.errors import NotGeoreferencedWarning
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -32,10 +32,12 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import EuroSAT
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from helpers import InputError
+from helpers.config import Config
+from helpers.console import progress_bar, run_command
 
+EXAMPLE = Path(__file__).resolve().parent.parent / "example"
 SPLITS = ("train", "valid", "test")
 SPLIT_NAMES = {s: s for s in SPLITS} | {"val": "valid", "validation": "valid"}
 FORMATS = {
@@ -401,7 +403,6 @@ def load_data(
     seed: int = 0,
     on_unreadable: str = "error",
     on_leakage: str = "warn",
-    progress: bool = True,
 ) -> ChipData:
     """Find, read and check every chip under `data_path`, and make the splits that are missing.
 
@@ -429,7 +430,7 @@ def load_data(
     entries = _check_paths(root, entries)
     labels, names = _pick_classes(entries["label"], classes, positive_class, root)
     entries = entries.assign(label=labels)[labels.notna()].reset_index(drop=True)
-    manifest, skipped = _scan(root, entries, progress)
+    manifest, skipped = _scan(root, entries)
     if len(skipped) and (on_unreadable == "error" or manifest.empty):
         raise InputError(_unreadable_message(root, skipped, len(entries)))
     bands = _check_pixels(manifest, bands)
@@ -450,7 +451,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name}: '{value}' is unknown. Use {' or '.join(choices)}.")
 
 
-def _scan(root: Path, entries: pd.DataFrame, progress: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _scan(root: Path, entries: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read every file once, in threads (the decoders release the GIL); keep the facts only."""
 
     def inspect(img_path: str) -> dict:
@@ -467,7 +468,7 @@ def _scan(root: Path, entries: pd.DataFrame, progress: bool) -> tuple[pd.DataFra
         }
 
     paths, found = entries["img_path"].tolist(), []
-    bar = tqdm(total=len(paths), desc="reading chips", disable=None if progress else True)
+    bar = progress_bar(total=len(paths), desc="reading chips", unit="chip")
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 1024):  # in portions, so that the queue stays short
             for facts in pool.map(inspect, paths[start : start + 1024]):
@@ -596,24 +597,38 @@ def data_report(data: ChipData) -> str:
     return "\n".join([*lines[:2], "", counts.to_string(), "", *lines[2:]])
 
 
+class DataConfig(Config):
+    """The parameters of `load_data`, as the command line and the notebooks offer them."""
+
+    data_path: str = Field(
+        "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
+    )
+    bands: tuple[int, ...] | None = Field(
+        None, description="zero-based bands, in order; the first three by default"
+    )
+    classes: tuple[str, ...] | None = Field(None, description="classes to keep, in order")
+    positive_class: str | None = Field(
+        None, description="the positive one; of more than two classes the others are merged"
+    )
+    group_column: str = Field("group", description="manifest column of what stays in one split")
+    split_seed: int = Field(0, ge=0, lt=2**32, description="of the splits that are made")
+    on_unreadable: Literal["error", "skip"] = Field("error", description="error or skip")
+    on_leakage: Literal["warn", "error"] = Field(
+        "warn", description="if given splits share images or groups: warn or error"
+    )
+
+    def data(self) -> ChipData:
+        """Load and check the chips; raises as `load_data`."""
+        options = self.model_dump(include=set(DataConfig.model_fields) - {"data_path"})
+        seed = options.pop("split_seed")
+        path = EXAMPLE if self.data_path == "example" else self.data_path
+        return load_data(path, seed=seed, **options)
+
+
 def main() -> None:
-    """Print the data report; exit code 2 with one line on stderr when something is wrong."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--data_path", required=True, help="folder, CSV manifest, or eurosat")
-    parser.add_argument("--bands", type=int, nargs="+", help="zero-based bands, in order")
-    parser.add_argument("--classes", nargs="+", help="classes to keep, in order")
-    parser.add_argument("--positive_class", help="the positive class; others may become `rest`")
-    parser.add_argument("--group_column", default="group", help="what stays in one split")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits that are made")
-    parser.add_argument("--on_unreadable", default="error", help="error or skip")
-    parser.add_argument("--on_leakage", default="warn", help="warn or error")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
-    try:
-        print(data_report(load_data(**vars(parser.parse_args()))))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Print the report on a data set."""
+    print(data_report(DataConfig.from_arguments(main.__doc__).data()))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

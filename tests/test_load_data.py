@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from helpers import InputError
 from helpers import load_data as module
+from helpers.console import run_command
 from helpers.load_data import SPLITS, band_statistics, data_report, load_data, main, read_chip
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -679,6 +680,6 @@ def test_command_line_is_quiet_beside_the_report(tmp_path):
 def test_command_line_names_the_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["load_data", "--data_path", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stop:
-        main()
+        run_command(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: data_path: ")

@@ -46,4 +46,4 @@ bench: $(STAMP) ## measurements that take minutes and want a quiet machine
 	@$(BIN)/python benchmarks/data_scan.py
 
 clean: ## remove what runs leave behind, keep .venv
-	@rm -rf cache runs reports/*.html .pytest_cache .ruff_cache
+	@rm -rf cache runs $$(git ls-files --others --ignored --exclude-standard --directory reports) .pytest_cache .ruff_cache

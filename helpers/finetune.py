@@ -101,6 +101,12 @@ class RunConfig(DataConfig):
         return self.device
 
 
+class NotebookConfig(RunConfig):
+    """Parameters of the training notebooks."""
+
+    figures_path: str = Field("figures", description="folder for plots and their tables")
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished training run.
@@ -273,10 +279,12 @@ def train_head_only(config: RunConfig, data: ChipData, classifier: Classifier, r
 def caching_benefit(config: RunConfig, data: ChipData, classifier: Classifier) -> pd.DataFrame:
     """Measure what caching buys: one pass of the frozen backbone against epochs of one head.
 
+    Measured without reading the cache; only `uncached` is computed from the other two.
+
     Returns:
-        Rows `quantity`, `seconds`: an uncached epoch (decoding and forward pass over train and
-        valid, plus one epoch of the head), and `epochs` epochs of one head with the pass done
-        once; both measured now, in this order, without reading the cache.
+        One column, `seconds`; rows `forward` (decoding and forward pass over the training and
+        validation images), `heads` (config.epochs epochs of one head on those features), `cached`
+        (both together) and `uncached` (a forward pass in every epoch).
     """
     train, valid = (
         extract_features(
@@ -296,14 +304,13 @@ def caching_benefit(config: RunConfig, data: ChipData, classifier: Classifier) -
     fit_heads(one_head, train, valid, len(data.classes), report=lambda line: None)
     heads = time.perf_counter() - start
     forward = train.seconds + valid.seconds
-    return pd.DataFrame(
-        {
-            "one forward pass": [forward],
-            f"{config.epochs} epochs of one head": [heads],
-            "ratio": [heads / forward],
-            f"{config.epochs} uncached epochs": [config.epochs * forward + heads],
-        }
-    )
+    seconds = {
+        "forward": forward,
+        "heads": heads,
+        "cached": forward + heads,
+        "uncached": config.epochs * forward + heads,
+    }
+    return pd.DataFrame({"seconds": seconds})
 
 
 # --- Results -------------------------------------------------------------------------------------
@@ -381,14 +388,64 @@ def save_run(config: RunConfig, run: Run) -> list[Path]:
     return files
 
 
+def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The wrong test predictions with the highest probability, `confidence`, highest first."""
+    probabilities = predictions.filter(like="p_")
+    wrong = predictions.assign(
+        confidence=probabilities.max(axis=1),
+        predicted_label=[
+            probabilities.columns[i].removeprefix("p_") for i in predictions.predicted
+        ],
+    ).query("predicted != target")
+    return wrong.nlargest(count, "confidence")
+
+
+def metric_rows(record: dict, metrics: tuple[str, ...] = METRICS) -> pd.DataFrame:
+    """Test metrics of a run and its baselines: `model`, `metric`, `value`, `low`, `high`."""
+    return pd.DataFrame(
+        {"model": name, "metric": metric, **values[metric]}
+        for name, values in record["test"].items()
+        for metric in metrics
+    )
+
+
 def test_table(record: dict) -> pd.DataFrame:
     """Test metrics of a run and its baselines as text, `value [low, high]`, one row a model."""
     return pd.DataFrame(
         {
-            name: {m: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**values[m]) for m in METRICS}
+            name: {m: _with_interval(values[m]) for m in METRICS}
             for name, values in record["test"].items()
         }
     ).T
+
+
+def conclusion(record: dict) -> str:
+    """What a head-only run's test metrics say, as a Markdown paragraph."""
+    (_, majority), (_, colour), (name, own) = record["test"].items()
+    ahead = own["auroc"]["low"] > colour["auroc"]["high"]
+    behind = own["auroc"]["high"] < colour["auroc"]["low"]
+    verdict = (
+        "clearly better than colour statistics (the intervals do not touch)"
+        if ahead
+        else "worse than colour statistics: these features do not suit the task"
+        if behind
+        else "not clearly apart from colour statistics (the intervals overlap): on this task "
+        "much of the answer lies in colour, so it shows little of what a backbone is worth"
+    )
+    return (
+        f"On `{record['data']}` ({record['chips']['train']} training and "
+        f"{record['chips']['test']} test chips) a linear head of "
+        f"{record['parameters']['trainable']:,} weights on {name} reaches an accuracy of "
+        f"**{_with_interval(own['accuracy'])}** and an AUROC of "
+        f"**{_with_interval(own['auroc'])}**. Always answering with the larger class reaches an "
+        f"accuracy of {majority['accuracy']['value']:.3f}; a logistic regression on colour "
+        f"statistics an accuracy of {_with_interval(colour['accuracy'])} and an AUROC of "
+        f"{_with_interval(colour['auroc'])}. The frozen features are {verdict}."
+    )
+
+
+def _with_interval(entry: dict) -> str:
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry)
 
 
 def main() -> None:

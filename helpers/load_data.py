@@ -359,6 +359,12 @@ class ChipDataset(Dataset):
             chip = F.resize(chip, size, F.InterpolationMode.BICUBIC, antialias=True)
         return chip, int(self.targets[index])
 
+    def examples(self, target: int, count: int) -> torch.Tensor:
+        """Chips of one class for a look, evenly spaced over the split, (count, bands, S, S)."""
+        of_class = (self.targets == target).nonzero().flatten()
+        chosen = torch.linspace(0, len(of_class) - 1, min(count, len(of_class))).round().long()
+        return torch.stack([self[int(i)][0] for i in of_class[chosen]])
+
 
 @dataclass(frozen=True)
 class ChipData:

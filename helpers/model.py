@@ -5,6 +5,7 @@ Architectures are timm's DINOv2 ViTs. Weights come from the hub through timm, fr
 """
 
 import hashlib
+import itertools
 import json
 import math
 import warnings
@@ -15,8 +16,8 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models import adapt_input_conv
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import adapt_input_conv, load_state_dict_from_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,7 +47,8 @@ ARCHITECTURES = {"example": Architecture("vit_tiny_patch16_224", _EXAMPLE, "ViT-
     f"dinov2_vit{letter}14{suffix}": Architecture(
         f"vit_{size}_patch14{timm_suffix}_dinov2.lvd142m",
         _DINOV2,
-        f"ViT-{letter.upper()}/14{' with registers' if suffix else ''}",
+        f"ViT-{letter if letter == 'g' else letter.upper()}/14"
+        + (" with registers" if suffix else ""),
     )
     for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
     for suffix, timm_suffix in {"": "", "_reg": "_reg4"}.items()
@@ -124,7 +126,9 @@ def backbone_label(backbone: str, weights: str) -> str:
 # --- Backbones -----------------------------------------------------------------------------------
 
 
-def build_backbone(name: str, image_size: int | None = None, in_chans: int = 3):
+def build_backbone(
+    name: str, image_size: int | None = None, in_chans: int = 3
+) -> VisionTransformer:
     """Return a randomly initialised timm VisionTransformer without a head.
 
     Under `torch.device("meta")` it takes no memory, which is enough to count parameters.
@@ -188,22 +192,37 @@ def load_backbone_weights(backbone: VisionTransformer, state: dict[str, Tensor],
     Raises:
         InputError: naming the keys that are missing, unexpected or of another shape.
     """
-    state = {key: value.float() for key, value in state.items()}
+    state = _timm_layout({key: value.float() for key, value in state.items()})
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
         state["pos_embed"] = resample_pos_embed(
-            state["pos_embed"],
-            backbone.patch_embed.grid_size[0],
-            registers="register_tokens" in state or "reg_token" in state,
+            state["pos_embed"], backbone.patch_embed.grid_size[0], registers="reg_token" in state
         )
     if "patch_embed.proj.weight" in state:
         stem = state["patch_embed.proj.weight"]
         in_chans = backbone.patch_embed.proj.in_channels
         if stem.ndim == 4 and stem.shape[1] == 3 and in_chans != 3:
             state["patch_embed.proj.weight"] = adapt_input_conv(in_chans, stem)
-        if stem.shape[-1] != PATCH:
-            # timm would resample the patches silently; a ViT/16 is another architecture.
-            _refuse(source, {}, {}, {"patch_embed.proj.weight": tuple(stem.shape)})
-    _load_complete(backbone, checkpoint_filter_fn(state, backbone), source)
+    _load_complete(backbone, state, source)
+
+
+def _timm_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Meta's published layout in timm's names; timm's own layout passes unchanged.
+
+    timm's `checkpoint_filter_fn` does the same, but it also resamples whatever does not fit, and
+    fails on files of another architecture before they can be named.
+    """
+    state = {
+        key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): value
+        for key, value in state.items()
+        if key != "mask_token"  # only used in DINOv2's own training
+    }
+    if {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
+        # With registers, timm has the position of CLS within the token itself.
+        position = state["pos_embed"]
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + position[:, :1]
+        state["pos_embed"] = position[:, 1:]
+    return state
 
 
 def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
@@ -215,7 +234,7 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
     the latter, which moves features of models without registers by up to 0.65 at 98 px.
 
     Args:
-        pos_embed: (1, prefix + old_grid ** 2, width) with prefix 0 or 1, as the file has it.
+        pos_embed: (1, prefix + old_grid ** 2, width) with prefix 0 or 1.
         grid: patches along one side.
         registers: whether the model has register tokens.
     """
@@ -231,9 +250,9 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
 
 def _hub_state_dict(name: str) -> dict[str, Tensor]:
     """Weights of a DINOv2 backbone from the hub (or its local cache), at their own image size."""
-    architecture = ARCHITECTURES[name]
+    hub_id = timm.get_pretrained_cfg(ARCHITECTURES[name].timm_name).hf_hub_id
     try:
-        model = timm.create_model(architecture.timm_name, pretrained=True, num_classes=0)
+        return load_state_dict_from_hf(hub_id, "model.safetensors")
     except Exception as error:  # timm, huggingface_hub and the HTTP client each raise their own
         raise InputError(
             f"backbone {name}: its weights could not be fetched from the hub "
@@ -241,7 +260,6 @@ def _hub_state_dict(name: str) -> dict[str, Tensor]:
             f"{name.removesuffix('_reg')}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth "
             "by hand and pass its path as weights"
         ) from error
-    return model.state_dict()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -252,7 +270,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"weights: no such file: {path}")
+        raise InputError(
+            f"weights: no such file: {path}; give the path of a .safetensors or .pth file, or for "
+            "a new classifier one of the words pretrained, random"
+        )
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -263,8 +284,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"weights: {path} is truncated or not a file of plain tensors "
             f"({type(error).__name__}); download it again"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"weights: {path} does not hold a flat state dict (name -> tensor)")
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise InputError(
+            f"weights: {path} does not hold a flat state dict (name -> tensor); "
+            "save the model's state_dict() by itself"
+        )
     return state
 
 
@@ -333,7 +359,7 @@ class Classifier(nn.Module):
         nn.init.normal_(self.linear_head.weight, std=0.01)
         nn.init.zeros_(self.linear_head.bias)
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(config, name)).view(-1, 1, 1)
+            values = torch.tensor(getattr(config, name), dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
     def normalize(self, chips: Tensor) -> Tensor:
@@ -388,6 +414,23 @@ def create_classifier(config: ClassifierConfig) -> Classifier:
         config.backbone, config.weights, config.image_size, len(config.bands)
     )
     return Classifier(config, backbone)
+
+
+def module_tree(module: nn.Module, indent: str = "") -> str:
+    """The module's `repr` with equal neighbours folded into one line and no-op modules left out."""
+    children = [
+        (name, child, repr(child))
+        for name, child in module.named_children()
+        if not isinstance(child, nn.Identity) and getattr(child, "p", None) != 0.0
+    ]
+    if not children:
+        return repr(module)
+    lines = []
+    for _, run in itertools.groupby(children, key=lambda entry: entry[2]):
+        (first, child, _), *more = run
+        name = f"({first}-{more[-1][0]}): {len(more) + 1} x " if more else f"({first}): "
+        lines.append(f"{indent}  {name}{module_tree(child, indent + '  ')}")
+    return "\n".join([f"{module._get_name()}(", *lines, f"{indent})"])
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:
@@ -456,10 +499,10 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
         config = ClassifierConfig(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         )
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{path}: not a classifier saved by this project (no usable configuration in its "
-            "metadata); pass the model_final.safetensors of a run"
+            f"metadata: {error}); pass the model_final.safetensors of a run"
         ) from error
     backbone = build_backbone(config.backbone, config.image_size, len(config.bands))
     classifier = Classifier(config, backbone)

@@ -56,9 +56,10 @@ def as_rgb(chip: np.ndarray) -> np.ndarray:
 def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None) -> Figure:
     """Rows of images under a name each; images are (bands, H, W) chips or (H, W, 3) colours."""
     columns = max(len(images) for images in rows.values())
-    size = PAGE / columns
+    lines = 1 + max((title.count("\n") + 1 for title in titles or []), default=0)
+    height = PAGE / columns + 0.17 * lines
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(PAGE, size * len(rows) * 1.12), squeeze=False
+        len(rows), columns, figsize=(PAGE, height * len(rows)), squeeze=False, layout="constrained"
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis in line:
@@ -68,7 +69,6 @@ def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None
         line[0].set_title(name, loc="left", fontsize=10)
     for axis, title in zip(axes.flat, titles or [], strict=False):
         axis.set_title(title, fontsize=8)
-    figure.tight_layout(pad=0.4)
     return figure
 
 

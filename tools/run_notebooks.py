@@ -1,0 +1,94 @@
+"""Run the notebooks in order through papermill and render them: what `make run` does.
+
+`--in_place` executes the committed notebooks themselves, with their default parameters.
+"""
+
+import argparse
+import html
+import sys
+import time
+from pathlib import Path
+
+import papermill
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+NOTEBOOKS = ("setup_finetune",)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_notebook(name: str, output: Path, parameters: dict) -> float:
+    """Execute one notebook in the project's folder; return the seconds it took.
+
+    Raises:
+        SystemExit: a cell failed; the executed notebook with the error stays for reading.
+    """
+    start = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            ROOT / f"{name}.ipynb",
+            output,
+            parameters=parameters,
+            cwd=ROOT,
+            kernel_name="python3",
+            progress_bar=False,
+        )
+    except PapermillExecutionError as error:
+        sys.exit(f"error: {name}.ipynb failed: {error.ename}: {error.evalue} (see {output})")
+    return time.perf_counter() - start
+
+
+def render(notebook: Path, page: Path) -> None:
+    """Write an executed notebook as one HTML file, without the cells that only build prose."""
+    config = Config()
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_input_tags = {"remove-input"}
+    exporter = HTMLExporter(config=config)
+    body, _ = exporter.from_filename(str(notebook))
+    page.write_text(body)
+
+
+def index_page(pages: list[Path]) -> str:
+    """A page that links to the reports."""
+    links = "\n".join(
+        f'<li><a href="{page.name}">{html.escape(page.stem)}</a></li>' for page in pages
+    )
+    return (
+        "<!doctype html><meta charset='utf-8'><title>DINOv2 for satellite imagery</title>"
+        "<style>body{font:18px/1.6 sans-serif;max-width:40em;margin:3em auto}</style>"
+        f"<h1>DINOv2 for satellite imagery</h1><p>Reports of the last run, in reading order:</p>"
+        f"<ol>\n{links}\n</ol>\n"
+    )
+
+
+def main() -> None:
+    """Run, render and index every notebook."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("reports"), help="folder for reports")
+    parser.add_argument("--in_place", action="store_true", help="renew the committed notebooks")
+    arguments = parser.parse_args()
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    folders = {
+        f"{name}_path": str(arguments.output / folder)
+        for name, folder in {
+            "output": "models",
+            "history": "training_history",
+            "figures": "figures",
+        }.items()
+    }
+    pages = []
+    for number, name in enumerate(NOTEBOOKS, start=1):
+        print(f"[{number}/{len(NOTEBOOKS)}] {name}.ipynb ...", flush=True)
+        executed = ROOT / f"{name}.ipynb" if arguments.in_place else output / f"{name}.ipynb"
+        seconds = run_notebook(name, executed, {} if arguments.in_place else folders)
+        pages.append(output / f"{name}.html")
+        render(executed, pages[-1])
+        print(f"      {seconds:.0f} s -> {arguments.output / pages[-1].name}", flush=True)
+    (output / "index.html").write_text(index_page(pages))
+    print(f"open {arguments.output / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

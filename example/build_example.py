@@ -96,15 +96,17 @@ def cut_scene(name: str, pixels: np.ndarray, crowns: np.ndarray) -> list[tuple[d
 
 
 def training_ground(name: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Every training block of a scene, dropped chips and margins included, by group name."""
+    """Every training block of a scene, dropped chips and margins included, by group name.
+
+    Slivers narrower than a chip are left out.
+    """
     side = BLOCK_SIZE * CHIP_SIZE
+    height, width = pixels.shape[:2]
     return {
-        f"{name}_{row}_{column}": pixels[
-            row * side : (row + 1) * side, column * side : (column + 1) * side
-        ]
-        for row in range(-(-pixels.shape[0] // side))
-        for column in range(-(-pixels.shape[1] // side))
-        if block_split(row, column) == "train"
+        f"{name}_{y // side}_{x // side}": pixels[y : y + side, x : x + side]
+        for y in range(0, height - CHIP_SIZE + 1, side)
+        for x in range(0, width - CHIP_SIZE + 1, side)
+        if block_split(y // side, x // side) == "train"
     }
 
 

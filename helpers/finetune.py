@@ -140,9 +140,9 @@ class HeadSweep(nn.Module):
         self.heads = nn.ModuleList(
             nn.Linear(width * HEAD_INPUTS[name], classes) for name in self.inputs
         )
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
+        # From zero, so that a head starts alike alone and in any sweep; its loss is convex.
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (N, 5 * width) -> logits (heads, N, classes)."""
@@ -210,7 +210,6 @@ def fit_heads(
 ) -> tuple[HeadSweep, Progress]:
     """Train every head of the sweep on cached features in one go."""
     candidates = sweep(config)
-    torch.manual_seed(config.seed)
     heads = HeadSweep(candidates, train.values.shape[-1] // 5, classes)
     heads.to(config.torch_device)
     groups = [

@@ -21,6 +21,18 @@ PALETTE = sns.color_palette("colorblind")
 PAGE = 9.0  # inches, the width of a rendered notebook
 
 
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+}
+
+
 def use_style() -> None:
     """Set the look of every figure: colour-blind-safe, readable at page width."""
     sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9)
@@ -103,7 +115,11 @@ def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
     """Best validation loss of every head: learning rate by head input, a panel a weight decay."""
     decays = sorted(candidates.weight_decay.unique())
     figure, axes = plt.subplots(
-        1, len(decays), figsize=(PAGE, 1.1 + 0.5 * candidates.head_input.nunique()), squeeze=False
+        1,
+        len(decays),
+        figsize=(PAGE, 1.2 + 0.5 * candidates.head_input.nunique()),
+        squeeze=False,
+        sharey=True,
     )
     limits = {"vmin": candidates.valid_loss.min(), "vmax": candidates.valid_loss.quantile(0.9)}
     for axis, decay in zip(axes.flat, decays, strict=True):
@@ -114,6 +130,8 @@ def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
         axis.set(
             title=f"weight decay {decay:g}", xlabel="learning rate (AdamW)", ylabel="head input"
         )
+        axis.tick_params(axis="y", rotation=0)
+        axis.label_outer()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
@@ -132,7 +150,7 @@ def intervals(table: pd.DataFrame, title: str) -> Figure:
             colour = PALETTE[(len(names) - 1 - height) % len(PALETTE)]
             axis.plot([row.low, row.high], [height, height], color=colour, linewidth=2)
             axis.plot(row.value, height, "o", color=colour)
-        axis.set(title=metric.replace("_", " "), yticks=range(len(names)), yticklabels=names)
+        axis.set(title=METRIC_NAMES[metric], yticks=range(len(names)), yticklabels=names)
         axis.margins(y=0.15)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -1,0 +1,139 @@
+"""The committed notebooks: run with other parameters, and compared with their stored outputs."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from helpers.finetune import NotebookConfig
+from helpers.records import ROOT
+from tests.fake_data import split_folders
+from tools.run_notebooks import NOTEBOOKS, render
+
+CONFIGS = {"setup_finetune": NotebookConfig}
+
+
+def read(name):
+    return nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(name):
+    return [cell for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def run(name, folder, **parameters):
+    """Run a notebook through papermill, writing below a folder; return the executed file."""
+    output = folder / f"{name}.ipynb"
+    own = {f"{kind}_path": str(folder / kind) for kind in ("output", "history", "figures", "cache")}
+    papermill.execute_notebook(
+        ROOT / f"{name}.ipynb", output, own | parameters, cwd=ROOT, progress_bar=False
+    )
+    return output
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_parameters_cell_is_the_whole_interface(name):
+    """Each parameter of the configuration, with its default, and a comment beside each."""
+    first = code_cells(name)[0]
+    assert first.metadata.tags == ["parameters"]
+    namespace = {}
+    exec(first.source, namespace)
+    config = CONFIGS[name]
+    expected = {field: info.default for field, info in config.model_fields.items()}
+    given = {field: namespace[field] for field in expected if field in namespace}
+    assert config(**given) == config()
+    assert set(given) == set(expected)
+    lines = first.source.splitlines()
+    for statement in ast.parse(first.source).body:
+        assert "#" in lines[statement.end_lineno - 1], ast.unparse(statement)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_committed_notebook_is_executed_clean_and_small(name):
+    cells = code_cells(name)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(
+        output.output_type != "error" and output.get("name") != "stderr" for output in outputs
+    )
+    assert (ROOT / f"{name}.ipynb").stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_stored_outputs_are_what_the_notebook_gives(name, tmp_path):
+    """nbval, on a copy of the project, so that nothing in the work tree changes."""
+    for part in ("helpers", "example", f"{name}.ipynb"):
+        source = ROOT / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / part)
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--nbval",
+            f"{name}.ipynb",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+
+
+def test_setup_with_other_parameters_on_other_data(tmp_path):
+    """Three classes in split folders, other sizes, one head input given as a single value."""
+    counts = {"train": 12, "valid": 4, "test": 4}
+    split_folders(tmp_path / "data", counts=counts, classes=("a", "b", "c"), size=40)
+    executed = run(
+        "setup_finetune",
+        tmp_path,
+        data_path=str(tmp_path / "data"),
+        classes=["c", "a"],
+        weights="random",
+        image_size=28,
+        head_inputs="cls",
+        learning_rates=[1e-2],
+        weight_decays=[0.0],
+        epochs=3,
+        augment=True,
+        device="cpu",
+        run_name="other",
+    )
+    record = json.loads((tmp_path / "history" / "other.json").read_text())
+    assert record["chips"] == {"train": 24, "valid": 8, "test": 8}
+    assert record["classifier"]["classes"] == ["c", "a"]
+    assert len(pd.read_csv(tmp_path / "history" / "other.csv")) == 3
+    assert {p.name for p in (tmp_path / "figures").iterdir()} >= {
+        "model.onnx.png", "setup_chips.png", "setup_token_components.png", "setup_sweep.png",
+        "setup_training_curves.png", "setup_test_metrics.png", "setup_confusion.png",
+    }  # fmt: skip
+    page = tmp_path / "page.html"
+    render(executed, page)
+    assert "How far does a frozen DINOv2" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"epoch": 3}, "epoch: unknown parameter; the parameters are data_path"),
+        ({"epochs": "many"}, "epochs: Input should be a valid integer"),
+        ({"image_size": 100}, "image_size: 100 is not a multiple of the patch size 14"),
+        ({"data_path": "nowhere"}, "data_path: nowhere does not exist"),
+    ],
+)
+def test_a_wrong_parameter_stops_the_notebook_with_one_clear_error(tmp_path, parameters, message):
+    with pytest.raises(PapermillExecutionError) as error:
+        run("setup_finetune", tmp_path, **parameters)
+    assert error.value.ename == "InputError"
+    assert error.value.evalue.startswith(message)
+    assert not (tmp_path / "history").exists()

@@ -84,30 +84,25 @@ def test_chip_on_the_black_border_is_dropped():
     assert build_example.chip_label(pixels, crowns) is None
 
 
-def test_blocks_of_a_scene_share_no_ground():
+def test_bands_of_a_scene_share_no_ground():
     rng = np.random.default_rng(0)
-    scene = rng.integers(1, 255, (98 * 9 + 30, 98 * 10 + 5, 3), dtype=np.uint8)
+    scene = rng.integers(1, 255, (98 * 10 + 30, 98 * 9 + 5, 3), dtype=np.uint8)
     crowns = np.zeros(scene.shape[:2], dtype=bool)
     crowns[:, : 98 * 4] = True
     rows = [row for row, _ in build_example.cut_scene("S", scene, crowns)]
-    assert len(rows) == 90 and len({row["group"] for row in rows}) == 9
-    assert sum(row["label"] == "tree" for row in rows) == 36
-    assert {row["group"] for row in rows if row["img_path"].endswith("S_03_04.jpg")} == {"S_0_1"}
+    assert [row["split"] for row in rows[::9]] == ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
+    assert sum(row["label"] == "tree" for row in rows) == 40
+    # 3 blocks side by side; the bands cut the grid of 4 rows at rows 5 and 7.
+    assert len({row["group"] for row in rows}) == 3 * (2 + 1 + 2)
+    groups = {row["group"] for row in rows if row["img_path"].endswith("S_05_04.jpg")}
+    assert groups == {"S_valid_1_1"}
 
 
-def test_training_ground_holds_training_pixels_only():
-    side = 98 * build_example.BLOCK_SIZE
-    rows, columns = np.indices((side * 5 // 2, side * 7 // 2)) // side
-    scene = np.stack([rows, columns, rows], axis=2).astype(np.uint8)
-    ground = build_example.training_ground("S", scene)
-    for name, pixels in ground.items():
-        row, column = map(int, name.split("_")[1:])
-        assert build_example.block_split(row, column) == "train"
-        assert (pixels == (row, column, row)).all()
-    expected = sum(
-        build_example.block_split(row, column) == "train" for row in range(3) for column in range(4)
-    )
-    assert len(ground) == expected > 1
+def test_training_ground_is_the_training_band():
+    scene = np.indices((98 * 10 + 30, 98)).transpose(1, 2, 0).astype(np.uint8)
+    ground = build_example.training_ground(np.dstack([scene, scene[..., :1]]))
+    assert ground.shape == (98 * 5, 98, 3)
+    np.testing.assert_array_equal(ground[..., :2], scene[: 98 * 5])
 
 
 @pytest.fixture

@@ -60,6 +60,31 @@ def batches(dataset: ChipDataset, batch_size: int) -> DataLoader:
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
 
 
+def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tensor:
+    """All chips of a split as one tensor (N, bands, S, S), each file decoded once.
+
+    Args:
+        dataset: N chips.
+        memory_limit_bytes: a larger tensor is kept in a file and memory-mapped.
+        path: that file; it is overwritten.
+    """
+    first, _ = dataset[0]
+    shape = (len(dataset), *first.shape)
+    size = len(dataset) * first.numel()
+    if size * first.element_size() > memory_limit_bytes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chips = torch.from_file(str(path), shared=True, size=size, dtype=first.dtype).view(shape)
+    else:
+        chips = torch.empty(shape, dtype=first.dtype)
+    done = 0
+    with progress_bar(total=len(dataset), desc="decoding", unit="chip") as bar:
+        for batch, _ in batches(dataset, 256):
+            chips[done : done + len(batch)] = batch
+            done += len(batch)
+            bar.update(len(batch))
+    return chips
+
+
 @torch.inference_mode()
 def extract_features(
     classifier: Classifier,

@@ -3,18 +3,20 @@
 `python -m helpers.finetune --data_path ./data/ --output_path ./models/` does it from the shell.
 """
 
+import copy
 import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from peft import PeftModel
 from pydantic import Field, PositiveInt
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
@@ -26,23 +28,40 @@ from helpers.features import (
     Features,
     cached_features,
     colour_statistics,
+    decoded,
     extract_features,
     logistic_probe,
 )
-from helpers.fit import FeatureExamples, FitSettings, Progress, fit
+from helpers.fit import (
+    Checkpoint,
+    ChipExamples,
+    FeatureExamples,
+    FitSettings,
+    Progress,
+    fit,
+    predict,
+)
 from helpers.load_data import SPLITS, ChipData, DataConfig, band_statistics
 from helpers.metrics import METRICS, evaluate, majority_probabilities
 from helpers.model import (
     HEAD_INPUTS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    METHODS,
+    AdapterSettings,
     Classifier,
     ClassifierConfig,
+    adapter_parameters,
+    add_adapter,
     backbone_label,
     count_parameters,
     create_classifier,
     head_columns,
+    merge_adapter,
+    save_adapter,
     save_classifier,
+    transfer_adapter,
+    weights_digest,
 )
 from helpers.records import environment, write_json, written_whole
 
@@ -53,7 +72,7 @@ class RunConfig(DataConfig):
     backbone: str = Field("example", description="example, dinov2_vit{s,b,l,g}14, each with _reg")
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
     image_size: PositiveInt = Field(98, description="pixels, a multiple of 14")
-    method: Literal["head_only"] = Field("head_only", description="head_only")
+    method: Literal[METHODS] = Field("head_only", description=", ".join(METHODS))
     head_inputs: tuple[Literal[tuple(HEAD_INPUTS)], ...] = Field(
         tuple(HEAD_INPUTS), min_length=1, description=f"to sweep, from {', '.join(HEAD_INPUTS)}"
     )
@@ -63,12 +82,37 @@ class RunConfig(DataConfig):
     weight_decays: tuple[float, ...] = Field(
         (0.0, 0.1), min_length=1, description="to sweep, of AdamW"
     )
+    head_input: Literal[tuple(HEAD_INPUTS)] = Field(
+        "cls+mean", description=f"of lora, dora, full: one of {', '.join(HEAD_INPUTS)}"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="of lora, dora, full (AdamW)")
+    weight_decay: float = Field(0.0, ge=0, description="of lora, dora, full (AdamW)")
+    lora_rank: int = Field(4, description="r, width of the low-rank update")
+    lora_alpha: float = Field(8, gt=0, description="the update is scaled by alpha / r")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="on the input of the update")
+    lora_targets: tuple[str, ...] = Field(
+        ("qkv",), description="adapted layers of every block: qkv, proj, fc1, fc2"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of lora, dora, full; auto: bf16 where the hardware has it"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="of lora, dora, full: gradient clipping")
+    class_weights: Literal["equal", "balanced"] = Field(
+        "equal", description="balanced: classes count alike in the loss, however rare"
+    )
+    train_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the training chips of each class to use"
+    )
+    memory_limit_gb: float = Field(
+        4.0, ge=0, description="decoded chips above this many GB are memory-mapped from a file"
+    )
+    resume: bool = Field(False, description="go on from the run's last checkpoint")
     epochs: PositiveInt = Field(100, description="at most, passes over the training images")
     patience: PositiveInt = Field(
-        20, description="epochs without a lower validation loss before a head stops"
+        20, description="epochs without a lower validation loss before training stops"
     )
     batch_size: PositiveInt = Field(128, description="images per optimizer step")
-    augment: bool = Field(False, description="train on all eight flips and rotations")
+    augment: bool = Field(False, description="train on the eight flips and rotations")
     seed: int = Field(0, ge=0, description="of initial weights and the order of images")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     output_path: str = Field("models", description="folder for classifiers")
@@ -81,6 +125,11 @@ class RunConfig(DataConfig):
         """Name of the run's files."""
         data = Path(self.data_path).stem
         return self.run_name or f"{self.method}_{data}_{self.backbone}_seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's classifier, adapter and checkpoint go."""
+        return Path(self.output_path) / self.name
 
     @property
     def label(self) -> str:
@@ -100,6 +149,41 @@ class RunConfig(DataConfig):
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
 
+    @property
+    def mixed_precision(self) -> str:
+        """Accelerate's word for the precision: no, bf16 or fp16.
+
+        Raises:
+            InputError: the device cannot compute in the precision asked for.
+        """
+        on_gpu = self.torch_device == "cuda"
+        has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
+        if self.precision == "auto":
+            return "bf16" if has_bf16 else "no"
+        if self.precision == "fp16" and not on_gpu:
+            raise InputError("precision: fp16 needs a GPU; use bf16, fp32 or auto")
+        if self.precision == "bf16" and not has_bf16:
+            raise InputError(f"precision: this {self.torch_device} has no bf16; use fp32 or auto")
+        return "no" if self.precision == "fp32" else self.precision
+
+    def data(self) -> ChipData:
+        """Load and check the chips, and keep `train_fraction` of the training split.
+
+        A smaller fraction is a subset of a larger one with the same seed. Raises as `load_data`.
+        """
+        data = super().data()
+        rows = data.manifest[data.manifest.split == "train"].sample(frac=1, random_state=self.seed)
+        rank = rows.groupby("target").cumcount()
+        size = rows.groupby("target").target.transform("size")
+        dropped = rows.index[rank >= (self.train_fraction * size).round().clip(lower=1)]
+        return replace(data, manifest=data.manifest.drop(index=dropped).reset_index(drop=True))
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
 
 class NotebookConfig(RunConfig):
     """Parameters of the training notebooks."""
@@ -112,7 +196,8 @@ class Run:
     """A finished training run.
 
     Args:
-        classifier: holds the weights of the best epoch.
+        classifier: holds the weights of the best epoch, an adapter merged into them.
+        adapter: the same unmerged, for lora and dora.
         history: one row per epoch of the chosen candidate (`fit.HISTORY_COLUMNS`).
         candidates: one row per candidate of the sweep.
         predictions: one row per test chip: img_path, label, target, predicted and the
@@ -121,6 +206,7 @@ class Run:
     """
 
     classifier: Classifier
+    adapter: PeftModel | None
     history: pd.DataFrame
     candidates: pd.DataFrame
     predictions: pd.DataFrame
@@ -177,7 +263,7 @@ def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
             image_size=config.image_size,
             bands=data.bands,
             classes=data.classes,
-            head_input=config.head_inputs[0],
+            head_input=config.head_inputs[0] if config.method == "head_only" else config.head_input,
             mean=mean,
             std=std,
         )
@@ -226,11 +312,26 @@ def fit_heads(
             groups,
             FeatureExamples(train.values, train.targets),
             FeatureExamples(valid.values, valid.targets),
-            FitSettings(config.epochs, config.patience, config.batch_size, seed=config.seed),
+            _settings(config, train.targets),
             accelerator=Accelerator(cpu=config.torch_device == "cpu"),
             report=report,
         )
     return heads, progress
+
+
+def _settings(config: RunConfig, targets: Tensor) -> FitSettings:
+    weights = None
+    if config.class_weights == "balanced":
+        counts = targets.bincount()
+        weights = tuple((len(targets) / (len(counts) * counts)).tolist())
+    return FitSettings(
+        config.epochs,
+        config.patience,
+        config.batch_size,
+        max_grad_norm=None if config.method == "head_only" else config.max_grad_norm,
+        class_weights=weights,
+        seed=config.seed,
+    )
 
 
 @contextmanager
@@ -269,10 +370,122 @@ def train_head_only(config: RunConfig, data: ChipData, classifier: Classifier, r
     best = classifier.with_head(heads.inputs[progress.best], heads.heads[progress.best])
     test = split_features(config, data, best, "test")
     with torch.inference_mode():
-        logits = best.linear_head(
-            head_columns(test.values[0], best.config.head_input).to(best.mean.device)
-        )
-    return finished_run(config, data, best, progress, candidates, logits.softmax(dim=1).cpu())
+        inputs = head_columns(test.values[0], best.config.head_input).to(best.mean.device)
+        probabilities = best.linear_head(inputs).softmax(dim=1).cpu()
+    parameters = count_parameters(best) | {"trainable": count_parameters(best.linear_head)["total"]}
+    return finished_run(config, data, best, None, progress, candidates, parameters, probabilities)
+
+
+# --- LoRA, DoRA and full fine-tuning --------------------------------------------------------------
+
+
+def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
+    """Train an adapter, or all weights, on the chips; test the merged fp32 classifier once.
+
+    Raises:
+        InputError: a parameter of the method is wrong, the device lacks the precision, the
+            checkpoint to resume from is of another run, or no epoch had a finite loss.
+    """
+    precision = config.mixed_precision
+    accelerator = Accelerator(cpu=config.torch_device == "cpu", mixed_precision=precision)
+    model = _trainable_model(config, data)
+    identity = _identity(config, data, model)
+    if config.method != "full" and precision == "bf16":
+        # Frozen weights in the precision they are used in: no cast in every step, half the bytes.
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    group = {
+        "params": [p for p in model.parameters() if p.requires_grad],
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+    }
+    train = _chips(config, data, "train")
+    torch.manual_seed(config.seed + accelerator.process_index)  # dropout
+    progress = fit(
+        model,
+        [group],
+        train,
+        _chips(config, data, "valid"),
+        _settings(config, train.targets),
+        accelerator=accelerator,
+        checkpoint=Checkpoint(config.folder / "checkpoint.pt", identity, config.resume),
+        report=report,
+    )
+    adapter, classifier = None, model
+    if config.method != "full":
+        adapter = transfer_adapter(model.cpu(), new_classifier(config, data))
+        classifier = merge_adapter(copy.deepcopy(adapter))
+    test = predict(
+        classifier.to(accelerator.device).float(), _chips(config, data, "test"), 64, accelerator
+    )
+    candidates = pd.DataFrame(
+        {
+            "head_input": [config.head_input],
+            "learning_rate": [config.learning_rate],
+            "weight_decay": [config.weight_decay],
+            "best_epoch": progress.best_epoch,
+            "valid_loss": progress.best_loss,
+        }
+    )
+    parameters = _parameters(config, model, classifier)
+    return finished_run(
+        config, data, classifier.cpu(), adapter, progress, candidates, parameters, test[0]
+    )
+
+
+def _trainable_model(config: RunConfig, data: ChipData) -> Classifier | PeftModel:
+    """A fresh classifier, ready for the method; reproducible from the seed."""
+    classifier = new_classifier(config, data)
+    if config.method == "full":
+        return classifier
+    return add_adapter(
+        classifier,
+        AdapterSettings(
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_targets,
+            dora=config.method == "dora",
+        ),
+    )
+
+
+def _chips(config: RunConfig, data: ChipData, split: str) -> ChipExamples:
+    """The chips of a split, each decoded once."""
+    dataset = data.dataset(split, config.image_size)
+    chips = decoded(
+        dataset,
+        config.memory_limit_gb * 1e9,
+        Path(config.cache_path) / f"chips_{data.fingerprint}_{config.image_size}_{split}.bin",
+    )
+    views = DIHEDRAL_VIEWS if config.augment and split == "train" else 1
+    return ChipExamples(chips, dataset.targets, views)
+
+
+def _identity(config: RunConfig, data: ChipData, model: Classifier | PeftModel) -> dict:
+    """What must be equal for a run to go on from a checkpoint: all that decides its numbers."""
+    places = {"resume", "cache_path", "output_path", "history_path", "figures_path"}
+    return config.model_dump(mode="json", exclude=places | {"data_path", "memory_limit_gb"}) | {
+        "data_fingerprint": data.fingerprint,
+        "weights_digest": weights_digest(model),
+    }
+
+
+def _parameters(config: RunConfig, model, classifier: Classifier) -> dict[str, int]:
+    """Parameter counts of a run: `total` at inference, `trainable`, and the adapter's parts."""
+    total = count_parameters(classifier)["total"]
+    if config.method == "full":
+        return {"total": total, "trainable": total}
+    parts = adapter_parameters(model)
+    return {"total": total, "trainable": sum(parts.values())} | parts
+
+
+def train(config: RunConfig, data: ChipData, report=print) -> Run:
+    """Train by `config.method`; raises as `train_head_only` and `train_adapted`."""
+    if config.method == "head_only":
+        return train_head_only(config, data, new_classifier(config, data), report)
+    return train_adapted(config, data, report)
 
 
 def caching_benefit(config: RunConfig, data: ChipData, classifier: Classifier) -> pd.DataFrame:
@@ -331,8 +544,10 @@ def finished_run(
     config: RunConfig,
     data: ChipData,
     classifier: Classifier,
+    adapter: PeftModel | None,
     progress: Progress,
     candidates: pd.DataFrame,
+    parameters: dict[str, int],
     probabilities: Tensor,
 ) -> Run:
     """Gather what a run leaves behind; test metrics come from probabilities (M, classes)."""
@@ -347,8 +562,7 @@ def finished_run(
         "data": Path(config.data_path).name,
         "config": config.model_dump(),
         "classifier": asdict(classifier.config),
-        "parameters": count_parameters(classifier)
-        | {"trainable": count_parameters(classifier.linear_head)["total"]},
+        "parameters": parameters,
         "data_fingerprint": data.fingerprint,
         "chips": {split: int((data.manifest.split == split).sum()) for split in SPLITS},
         "best_epoch": progress.best_epoch[progress.best],
@@ -364,20 +578,17 @@ def finished_run(
         predicted=probabilities.argmax(dim=1).numpy(),
         **{f"p_{name}": probabilities[:, i].numpy() for i, name in enumerate(data.classes)},
     )
-    return Run(classifier, history, candidates, predictions.reset_index(drop=True), record)
+    predictions = predictions.reset_index(drop=True)
+    return Run(classifier, adapter, history, candidates, predictions, record)
 
 
 def save_run(config: RunConfig, run: Run) -> list[Path]:
     """Write the classifier, history, sweep, predictions and record; return the files."""
     history_path = Path(config.history_path)
     tables = {"": run.history, "_candidates": run.candidates, "_predictions": run.predictions}
-    files = [
-        save_classifier(
-            run.classifier,
-            Path(config.output_path) / config.name / "model_final.safetensors",
-            run.record,
-        )
-    ]
+    files = [save_classifier(run.classifier, config.folder / "model_final.safetensors", run.record)]
+    if run.adapter:
+        files.append(save_adapter(run.adapter, config.folder / "adapter"))
     for suffix, table in tables.items():
         files.append(history_path / f"{config.name}{suffix}.csv")
         with written_whole(files[-1]) as part:
@@ -450,8 +661,9 @@ def _with_interval(entry: dict) -> str:
 def main() -> None:
     """Train from the shell and print the test table."""
     config = RunConfig.from_arguments(main.__doc__)
-    data = config.data()
-    run = train_head_only(config, data, new_classifier(config, data))
+    run = train(config, config.data())
+    if not PartialState().is_main_process:
+        return
     files = save_run(config, run)
     print(f"\nTest split, {len(run.predictions)} chips, 95 % bootstrap intervals\n")
     print(test_table(run.record).T.to_string())

@@ -6,21 +6,27 @@ fine-tuning have one. The model maps a batch to logits (candidates, N, classes),
 where there is one candidate.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import find_executable_batch_size, gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
 from helpers import InputError
+from helpers.features import dihedral
 from helpers.metrics import weighted_metrics
-from helpers.records import peak_memory_bytes, reset_peak_memory
+from helpers.records import peak_memory_bytes, reset_peak_memory, written_whole
 
 HISTORY_COLUMNS = (
     "epoch",
@@ -43,9 +49,11 @@ class FitSettings:
     Args:
         epochs: at most this many passes over the training images.
         patience: epochs without a better validation loss after which a candidate stops.
-        batch_size: images per optimizer step.
+        batch_size: images per optimizer step, over all processes.
         warmup_fraction: share of all steps with a linearly rising learning rate; a cosine to
             zero follows.
+        max_grad_norm: norm that a candidate's gradient is clipped to; None for no clipping.
+        class_weights: weight of each class in the training loss; None for equal weights.
         seed: of the order of images and their augmentation.
     """
 
@@ -53,6 +61,8 @@ class FitSettings:
     patience: int
     batch_size: int
     warmup_fraction: float = 0.05
+    max_grad_norm: float | None = None
+    class_weights: tuple[float, ...] | None = None
     seed: int = 0
 
 
@@ -78,9 +88,35 @@ class FeatureExamples:
         return self.values[views, rows]
 
 
+@dataclass(frozen=True)
+class ChipExamples:
+    """Decoded chips as training examples.
+
+    Args:
+        values: (N, bands, S, S) uint8 or float32, in memory or memory-mapped.
+        targets: (N,) int64.
+        views: 8 to draw one of the flips and rotations per image and epoch, else 1.
+    """
+
+    values: Tensor
+    targets: Tensor
+    views: int = 1
+
+    def take(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Chips (n, bands, S, S) of n rows, each flipped and rotated by its own view."""
+        chips = self.values[rows]
+        for view in views.unique().tolist():
+            chosen = views == view
+            chips[chosen] = dihedral(chips[chosen], view)
+        return chips
+
+
 @dataclass
 class Progress:
-    """What a fit knows after `epoch` epochs; the lists have one entry per candidate."""
+    """What a fit knows after `epoch` epochs; the lists have one entry per candidate.
+
+    The learning rate in a history is that of the epoch's last step.
+    """
 
     histories: list[list[dict]]
     best_loss: list[float]
@@ -107,17 +143,70 @@ class Progress:
         return pd.DataFrame(self.histories[candidate], columns=HISTORY_COLUMNS)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a fit on disk, written whole after every epoch.
+
+    Args:
+        path: the file.
+        identity: what must be equal for a fit to go on from it (configuration, data, weights).
+        resume: whether to go on from the file if there is one.
+    """
+
+    path: Path
+    identity: dict
+    resume: bool
+
+    def write(self, state: dict, processes: int) -> None:
+        """Replace the file by this state."""
+        with written_whole(self.path) as part:
+            torch.save({"identity": self.identity | {"processes": processes}, **state}, part)
+
+    def read(self, processes: int) -> dict | None:
+        """Return the state to go on from, None to start anew.
+
+        Raises:
+            InputError: the file is damaged, or of a run with another identity.
+        """
+        if not (self.resume and self.path.is_file()):
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = state["identity"]
+        except Exception as error:  # zip and pickle readers each raise their own
+            raise InputError(
+                f"resume: {self.path} is truncated or not a checkpoint of this project; "
+                "delete it, or start anew without resume"
+            ) from error
+        wanted = self.identity | {"processes": processes}
+        differences = [
+            f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}"
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        if differences:
+            raise InputError(
+                f"resume: {self.path} is of another run: {'; '.join(differences)}. "
+                "Use the same configuration, or start anew without resume"
+            )
+        return state
+
+
 def fit(
     model: nn.Module,
     groups: list[dict],
-    train: FeatureExamples,
-    valid: FeatureExamples,
+    train: FeatureExamples | ChipExamples,
+    valid: FeatureExamples | ChipExamples,
     settings: FitSettings,
     *,
     accelerator: Accelerator,
+    checkpoint: Checkpoint | None = None,
     report: Callable[[str], None] = print,
 ) -> Progress:
     """Train every candidate until its validation loss stops falling, and restore its best epoch.
+
+    Where a device's memory does not hold a process's share of a batch, the share is halved and
+    its gradients are accumulated; the optimizer still steps once per `settings.batch_size` images.
 
     Args:
         model: maps a batch to logits (candidates, N, classes) or (N, classes).
@@ -125,7 +214,8 @@ def fit(
         train: examples to train on.
         valid: examples that choose the epoch and the candidate.
         settings: see FitSettings.
-        accelerator: device and precision.
+        accelerator: device, precision and processes; each process trains on its part of a batch.
+        checkpoint: where to keep the state after every epoch; None for no checkpoints.
         report: receives one line at about ten epochs spread over the fit.
 
     Returns:
@@ -136,72 +226,183 @@ def fit(
             and the batch. A loss that breaks later stops its candidate, which keeps its best
             epoch, and is noted in `Progress.failures`.
     """
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    schedule = _warmup_cosine(optimizer.optimizer, len(train.targets), settings)
-    progress = Progress.start(groups)
-    reset_peak_memory()
-    while progress.epoch < settings.epochs and not all(progress.stopped):
-        progress.epoch += 1
-        start = time.perf_counter()
-        row = {"epoch": progress.epoch, "learning_rate": schedule.get_last_lr()}
-        row |= _train_epoch(model, optimizer, schedule, train, settings, accelerator, progress)
-        row["seconds"] = time.perf_counter() - start
-        row["images_per_second"] = len(train.targets) / row["seconds"]
-        row["peak_memory_bytes"] = peak_memory_bytes(accelerator.device)
-        row |= _validate(predict(model, valid, settings.batch_size, accelerator), valid.targets)
-        _record(progress, groups, row, settings)
-        if _is_reported(progress, settings):
-            report(_line(progress, settings))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
+    loop = _Loop(model, optimizer, groups, train, valid, settings, accelerator)
+    initial = Progress.start(groups)
+
+    # Accelerate calls it again with half the size when the device runs out of memory.
+    @find_executable_batch_size(
+        starting_batch_size=math.ceil(settings.batch_size / accelerator.num_processes)
+    )
+    def attempt(micro_batch: int) -> Progress:
+        loop.restart(initial, micro_batch, checkpoint)
+        return loop.run(checkpoint, report)
+
+    progress = attempt()
     if math.isinf(min(progress.best_loss)):
         raise InputError(f"{progress.failures[0]}; lower the learning rate or check the chips")
-    _restore_best(progress, groups)
+    _copy_into(groups, progress.best_values)
     return progress
 
 
-def _warmup_cosine(optimizer, n: int, settings: FitSettings):
-    """Learning-rate factor per step: linear rise, then a cosine to zero."""
-    steps = settings.epochs * math.ceil(n / settings.batch_size)
-    warmup = max(1, round(settings.warmup_fraction * steps))
+@dataclass
+class _Loop:
+    """The state of one fit."""
 
-    def factor(step):
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    groups: list[dict]
+    train: FeatureExamples | ChipExamples
+    valid: FeatureExamples | ChipExamples
+    settings: FitSettings
+    accelerator: Accelerator
+    rates: list[float] = field(init=False)
+    weights: Tensor = field(init=False)
+    progress: Progress = field(init=False)
+    micro_batch: int = field(init=False)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def __post_init__(self):
+        self.rates = [group["lr"] for group in self.groups]
+        equal = [1.0] * (int(self.train.targets.max()) + 1)
+        self.weights = torch.tensor(self.settings.class_weights or equal)
+
+    def restart(self, initial: Progress, micro_batch: int, checkpoint: Checkpoint | None) -> None:
+        """Go back to the checkpoint, or to the initial values where there is none."""
+        self.micro_batch = micro_batch
+        self.progress = copy.deepcopy(initial)
+        _copy_into(self.groups, initial.best_values)
+        self.optimizer.state.clear()
+        state = checkpoint and checkpoint.read(self.accelerator.num_processes)
+        if state:
+            self.progress = Progress(**state["progress"])
+            _copy_into(self.groups, state["values"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            _set_random_state(state["random"][self.accelerator.process_index])
+
+    def run(self, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> Progress:
+        """Train epoch by epoch until every candidate has stopped."""
+        progress, n = self.progress, len(self.train.targets)
+        reset_peak_memory()
+        while progress.epoch < self.settings.epochs and not all(progress.stopped):
+            progress.epoch += 1
+            start = time.perf_counter()
+            row = {"epoch": progress.epoch} | self._train_epoch()
+            row["seconds"] = time.perf_counter() - start
+            row["images_per_second"] = n / row["seconds"]
+            row["peak_memory_bytes"] = peak_memory_bytes(self.accelerator.device)
+            probabilities = predict(self.model, self.valid, self.micro_batch, self.accelerator)
+            row |= _validate(probabilities, self.valid.targets)
+            _record(progress, self.groups, row, self.settings)
+            if checkpoint:
+                self._write(checkpoint)
+            if _is_reported(progress, self.settings):
+                report(_line(progress, self.settings))
+        return progress
+
+    def _train_epoch(self) -> dict:
+        """One pass over the training images; return rate, loss and accuracy per candidate.
+
+        Order and views come from (seed, epoch) alone, so that any epoch can be repeated, and
+        every process draws the same before it takes its part.
+        """
+        self.model.train()
+        seed = self.settings.seed * 1_000_003 + self.progress.epoch
+        generator = torch.Generator().manual_seed(seed)
+        n = len(self.train.targets)
+        order = torch.randperm(n, generator=generator)
+        views = torch.randint(self.train.views, (n,), generator=generator)
+        sums = []
+        batches = order.split(self.settings.batch_size)
+        first = (self.progress.epoch - 1) * len(batches)
+        for step, rows in enumerate(batches, start=first):
+            rates = self._set_rates(step, len(batches))
+            sums.append(self._step(rows, views))
+        # One reduction for the epoch; asking earlier would make the device wait every batch.
+        losses, correct = self.accelerator.reduce(torch.stack(sums)).cpu().unbind(dim=1)
+        _note_failures(self.progress, losses)
+        return {
+            "learning_rate": rates,
+            "train_loss": (losses.sum(dim=0) / n).tolist(),
+            "train_acc": (correct.sum(dim=0) / n).tolist(),
+        }
+
+    def _set_rates(self, step: int, steps_per_epoch: int) -> list[float]:
+        """Linear rise, then a cosine to zero; step counts from 0 over all epochs."""
+        steps = self.settings.epochs * steps_per_epoch
+        warmup = max(1, round(self.settings.warmup_fraction * steps))
+        factor = (step + 1) / warmup
+        if step >= warmup:
+            factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        rates = [factor * rate for rate in self.rates]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return rates
+
+    def _step(self, rows: Tensor, views: Tensor) -> Tensor:
+        """One optimizer step on a batch; return summed losses and hits, (2, candidates)."""
+        total = self.weights[self.train.targets[rows]].sum().item()
+        parts = rows.tensor_split(self.accelerator.num_processes)
+        own = parts[self.accelerator.process_index]
+        chunks = own.split(self.micro_batch)
+        sums = torch.zeros(2, len(self.groups), device=self.accelerator.device)
+        for i, chunk in enumerate(chunks):
+            last = i == len(chunks) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                sums += self._backward(chunk, views, total)
+        if self.settings.max_grad_norm:
+            for group in self.groups:
+                self.accelerator.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sums
+
+    def _backward(self, chunk: Tensor, views: Tensor, total: float) -> Tensor:
+        """Add the gradients of some images of a batch whose weights sum to total."""
+        device = self.accelerator.device
+        inputs = self.train.take(chunk, views[chunk]).to(device, non_blocking=True)
+        targets = self.train.targets[chunk]
+        weights, targets = (
+            t.to(device, non_blocking=True) for t in (self.weights[targets], targets)
+        )
+        logits = _by_candidate(self.model(inputs))
+        losses = _losses(logits, targets)
+        # Processes average their gradients, so each scales its sum by their number.
+        scale = self.accelerator.num_processes / total
+        self.accelerator.backward((losses * weights).sum() * scale)
+        hits = logits.detach().argmax(dim=2) == targets
+        return torch.stack([losses.detach().sum(dim=1), hits.sum(dim=1)])
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        random = gather_object([_random_state()])
+        if self.accelerator.is_main_process:
+            checkpoint.write(
+                {
+                    "progress": vars(self.progress),
+                    "values": [[p.detach() for p in group["params"]] for group in self.groups],
+                    "optimizer": self.optimizer.state_dict(),
+                    "random": random,
+                },
+                self.accelerator.num_processes,
+            )
 
 
-def _train_epoch(model, optimizer, schedule, train, settings, accelerator, progress) -> dict:
-    """One pass over the training images; return loss and accuracy per candidate.
+def _copy_into(groups: list[dict], values: list[list[Tensor]]) -> None:
+    with torch.no_grad():
+        for group, own in zip(groups, values, strict=True):
+            for parameter, value in zip(group["params"], own, strict=True):
+                parameter.copy_(value)
 
-    The order and the views come from (seed, epoch) alone, so that an epoch can be repeated.
-    """
-    model.train()
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + progress.epoch)
-    n = len(train.targets)
-    order = torch.randperm(n, generator=generator)
-    views = torch.randint(train.views, (n,), generator=generator)
-    losses, correct = [], []
-    for rows in order.split(settings.batch_size):
-        inputs = train.take(rows, views[rows]).to(accelerator.device, non_blocking=True)
-        targets = train.targets[rows].to(accelerator.device, non_blocking=True)
-        with accelerator.autocast():
-            logits = _by_candidate(model(inputs))
-        loss = _losses(logits, targets)
-        accelerator.backward(loss.mean(dim=1).sum())
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        # Kept on the device: asking for a number here would make the device wait every batch.
-        losses.append(loss.detach().sum(dim=1))
-        correct.append((logits.detach().argmax(dim=2) == targets).sum(dim=1))
-    losses = torch.stack(losses).cpu()
-    _note_failures(progress, losses)
-    return {
-        "train_loss": (losses.sum(dim=0) / n).tolist(),
-        "train_acc": (torch.stack(correct).sum(dim=0) / n).tolist(),
-    }
+
+def _random_state() -> dict:
+    """State of the generators that dropout draws from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _by_candidate(logits: Tensor) -> Tensor:
@@ -228,16 +429,21 @@ def _note_failures(progress: Progress, losses: Tensor) -> None:
 
 @torch.inference_mode()
 def predict(model: nn.Module, examples, batch_size: int, accelerator: Accelerator) -> Tensor:
-    """Class probabilities on the CPU, (candidates, N, classes) float32."""
+    """Class probabilities on the CPU, (candidates, N, classes) float32, the same on every process.
+
+    Each process computes its part; the parts are then added up into one table.
+    """
     model.eval()
-    rows = torch.arange(len(examples.targets))
+    n = len(examples.targets)
+    own = torch.arange(n).tensor_split(accelerator.num_processes)[accelerator.process_index]
     parts = []
-    for chunk in rows.split(batch_size):
+    for chunk in own.split(batch_size):
         inputs = examples.take(chunk, torch.zeros_like(chunk)).to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(inputs)
-        parts.append(_by_candidate(logits).softmax(dim=2))
-    return torch.cat(parts, dim=1).cpu()
+        parts.append(_by_candidate(model(inputs)).softmax(dim=2))
+    rows = torch.cat(parts, dim=1)
+    table = rows.new_zeros(len(rows), n, rows.shape[2])
+    table[:, own] = rows
+    return accelerator.reduce(table).cpu()
 
 
 def _validate(probabilities: Tensor, targets: Tensor) -> dict:
@@ -271,13 +477,6 @@ def _record(progress: Progress, groups: list[dict], row: dict, settings: FitSett
         progress.stopped[candidate] = bool(progress.failures[candidate]) or (
             waited >= settings.patience
         )
-
-
-def _restore_best(progress: Progress, groups: list[dict]) -> None:
-    with torch.no_grad():
-        for group, values in zip(groups, progress.best_values, strict=True):
-            for parameter, value in zip(group["params"], values, strict=True):
-                parameter.copy_(value)
 
 
 def _is_reported(progress: Progress, settings: FitSettings) -> bool:

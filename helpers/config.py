@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self, get_origin
 
@@ -41,16 +42,15 @@ class Config(BaseModel):
         papermill only warns of a parameter that the notebook does not have; here it is an error.
         """
         cells = namespace.get("In", [])
-        injected = next((cell for cell in cells if cell.startswith(_INJECTED)), "")
-        names = [
-            target.id
-            for statement in ast.parse(injected).body
-            if isinstance(statement, ast.Assign)
-            for target in statement.targets
-            if isinstance(target, ast.Name)
-        ]
-        known = [name for name in cls.model_fields if name in namespace]
-        return cls.checked(**{name: namespace[name] for name in [*known, *names]})
+        for offered, injected in itertools.pairwise(cells):
+            if injected.startswith(_INJECTED):
+                unknown = [n for n in _assigned(injected) if n not in _assigned(offered)]
+                if unknown:
+                    raise InputError(
+                        f"{unknown[0]}: unknown parameter; the notebook's parameters are "
+                        f"{', '.join(_assigned(offered))}"
+                    )
+        return cls.checked(**{n: namespace[n] for n in cls.model_fields if n in namespace})
 
     @classmethod
     def from_arguments(cls, description: str, arguments: list[str] | None = None) -> Self:
@@ -64,6 +64,13 @@ class Config(BaseModel):
                 options["nargs"] = "+"
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
         return cls.checked(**vars(parser.parse_args(arguments)))
+
+
+def _assigned(cell: str) -> list[str]:
+    """Names that a cell of plain assignments sets."""
+    statements = ast.parse(cell).body
+    targets = [s.targets[0] for s in statements if isinstance(s, ast.Assign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _is_list(annotation) -> bool:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
 from peft import PeftModel
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
@@ -76,10 +76,10 @@ class RunConfig(DataConfig):
     head_inputs: tuple[Literal[tuple(HEAD_INPUTS)], ...] = Field(
         tuple(HEAD_INPUTS), min_length=1, description=f"to sweep, from {', '.join(HEAD_INPUTS)}"
     )
-    learning_rates: tuple[float, ...] = Field(
+    learning_rates: tuple[PositiveFloat, ...] = Field(
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), min_length=1, description="to sweep, of AdamW"
     )
-    weight_decays: tuple[float, ...] = Field(
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(
         (0.0, 0.1), min_length=1, description="to sweep, of AdamW"
     )
     head_input: Literal[tuple(HEAD_INPUTS)] = Field(
@@ -373,7 +373,10 @@ def train_head_only(config: RunConfig, data: ChipData, classifier: Classifier, r
         inputs = head_columns(test.values[0], best.config.head_input).to(best.mean.device)
         probabilities = best.linear_head(inputs).softmax(dim=1).cpu()
     parameters = count_parameters(best) | {"trainable": count_parameters(best.linear_head)["total"]}
-    return finished_run(config, data, best, None, progress, candidates, parameters, probabilities)
+    run = finished_run(config, data, best, None, progress, candidates, parameters, probabilities)
+    chips = len(train.targets) + len(valid.targets)
+    run.record["features_per_second"] = chips / (train.seconds + valid.seconds)
+    return run
 
 
 # --- LoRA, DoRA and full fine-tuning --------------------------------------------------------------
@@ -386,21 +389,8 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
         InputError: a parameter of the method is wrong, the device lacks the precision, the
             checkpoint to resume from is of another run, or no epoch had a finite loss.
     """
-    precision = config.mixed_precision
-    accelerator = Accelerator(cpu=config.torch_device == "cpu", mixed_precision=precision)
-    model = _trainable_model(config, data)
-    identity = _identity(config, data, model)
-    if config.method != "full" and precision == "bf16":
-        # Frozen weights in the precision they are used in: no cast in every step, half the bytes.
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-    group = {
-        "params": [p for p in model.parameters() if p.requires_grad],
-        "lr": config.learning_rate,
-        "weight_decay": config.weight_decay,
-    }
-    train = _chips(config, data, "train")
+    accelerator = new_accelerator(config)
+    model, group, train = training_setup(config, data)
     torch.manual_seed(config.seed + accelerator.process_index)  # dropout
     progress = fit(
         model,
@@ -409,7 +399,9 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
         _chips(config, data, "valid"),
         _settings(config, train.targets),
         accelerator=accelerator,
-        checkpoint=Checkpoint(config.folder / "checkpoint.pt", identity, config.resume),
+        checkpoint=Checkpoint(
+            config.folder / "checkpoint.pt", _identity(config, data, model), config.resume
+        ),
         report=report,
     )
     adapter, classifier = None, model
@@ -432,6 +424,30 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
     return finished_run(
         config, data, classifier.cpu(), adapter, progress, candidates, parameters, test[0]
     )
+
+
+def new_accelerator(config: RunConfig) -> Accelerator:
+    """Device, precision and processes of lora, dora and full runs."""
+    on_cpu = config.torch_device == "cpu"
+    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision)
+
+
+def training_setup(
+    config: RunConfig, data: ChipData
+) -> tuple[Classifier | PeftModel, dict, ChipExamples]:
+    """A fresh model for lora, dora or full, its AdamW parameter group, and the training chips."""
+    model = _trainable_model(config, data)
+    if config.method != "full" and config.mixed_precision == "bf16":
+        # Frozen weights in the precision they are used in: no cast in every step, half the bytes.
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    group = {
+        "params": [p for p in model.parameters() if p.requires_grad],
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+    }
+    return model, group, _chips(config, data, "train")
 
 
 def _trainable_model(config: RunConfig, data: ChipData) -> Classifier | PeftModel:

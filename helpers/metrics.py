@@ -7,6 +7,7 @@ hold each metric against scikit-learn.
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 METRICS = (
     "accuracy",
@@ -141,6 +142,73 @@ def _calibration_error(targets, probabilities, weights) -> np.ndarray:
 def _bin_of(confidence: np.ndarray) -> np.ndarray:
     """Index of the equal-width bin (k / 15, (k + 1) / 15] that holds each confidence."""
     return np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+
+
+def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Exact McNemar test of two models' decisions on the same images (McNemar 1947).
+
+    Args:
+        targets: (N,) class indices.
+        first: (N,) predicted classes of one model.
+        second: (N,) predicted classes of the other.
+
+    Returns:
+        `only_first` and `only_second`: images that only one of them has right; `p_value` of the
+        hypothesis that both are equally often right, two-sided.
+    """
+    only_first = int(((first == targets) & (second != targets)).sum())
+    only_second = int(((first != targets) & (second == targets)).sum())
+    disagreeing = only_first + only_second
+    p_value = binomtest(only_first, disagreeing).pvalue if disagreeing else 1.0
+    return {"only_first": only_first, "only_second": only_second, "p_value": p_value}
+
+
+def paired_difference(
+    targets: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    metric: str,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Difference of a metric between two models, second - first, on the same images.
+
+    The interval comes from resamples in which both models see the same drawn images.
+
+    Args:
+        targets: (N,) class indices.
+        first: (N, classes) probabilities of one model.
+        second: (N, classes) probabilities of the other.
+        metric: a name in METRICS.
+        resamples: number of bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        `value`, and `low` and `high` of the 95 % percentile interval.
+    """
+    ones = np.ones((1, len(targets)))
+    values = [weighted_metrics(targets, p, ones)[metric][0] for p in (first, second)]
+    draws = [bootstrap_metrics(targets, p, resamples, seed)[metric] for p in (first, second)]
+    low, high = np.nanpercentile(draws[1] - draws[0], [2.5, 97.5])
+    return {"value": values[1] - values[0], "low": low, "high": high}
+
+
+def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    """Confidence and accuracy of the top class in the bins of the calibration error.
+
+    Returns:
+        One row per bin that holds an image: `confidence` and `accuracy` (means), `images`.
+    """
+    confidence = probabilities.max(axis=1)
+    table = pd.DataFrame(
+        {
+            "bin": _bin_of(confidence),
+            "confidence": confidence,
+            "accuracy": probabilities.argmax(axis=1) == targets,
+        }
+    )
+    means = table.groupby("bin")[["confidence", "accuracy"]].mean()
+    return means.assign(images=table.groupby("bin").size()).reset_index(drop=True)
 
 
 def majority_probabilities(train_targets: np.ndarray, n: int, n_classes: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import timm
 import torch
 from peft import (
@@ -142,9 +143,9 @@ def backbone_label(backbone: str, weights: str) -> str:
 
 
 def build_backbone(
-    name: str, image_size: int | None = None, in_chans: int = 3
+    name: str, image_size: int | None = None, in_chans: int = 3, initialise: bool = True
 ) -> VisionTransformer:
-    """Return a randomly initialised timm VisionTransformer without a head.
+    """Return a timm VisionTransformer without a head, and without pretrained weights.
 
     Under `torch.device("meta")` it takes no memory, which is enough to count parameters.
 
@@ -152,6 +153,7 @@ def build_backbone(
         name: a name in `ARCHITECTURES`.
         image_size: pixels, a multiple of 14; None for the size the weights were made at.
         in_chans: bands of a chip.
+        initialise: whether to draw random weights, which takes seconds; not where others follow.
 
     Raises:
         InputError: unknown name, or a size that patches of 14 do not fill.
@@ -162,6 +164,8 @@ def build_backbone(
     if image_size is not None:
         check_image_size(image_size)
         overrides |= {"img_size": image_size}
+    if not initialise:
+        overrides |= {"weight_init": "skip"}
     return timm.create_model(architecture.timm_name, num_classes=0, **overrides)
 
 
@@ -181,7 +185,7 @@ def create_backbone(
     Raises:
         InputError: unknown name, unreachable hub, or a file that does not fill the architecture.
     """
-    backbone = build_backbone(name, image_size, in_chans)
+    backbone = build_backbone(name, image_size, in_chans, initialise=weights == "random")
     if weights == "random":
         return backbone
     if weights == "pretrained" and name != "example":
@@ -550,6 +554,27 @@ def transfer_adapter(source: PeftModel, classifier: Classifier) -> PeftModel:
     return target.eval()
 
 
+def weight_changes(before: Classifier, after: Classifier) -> pd.DataFrame:
+    """How far training moved each linear layer of the blocks.
+
+    Returns:
+        `block` (index), `layer` (such as attn.qkv) and `relative_change`: the Frobenius norm of
+        the difference over that of the weight before; for a merged LoRA that is |B A| alpha / r
+        over |W|.
+    """
+    rows = []
+    for block, (old, new) in enumerate(
+        zip(before.backbone.blocks, after.backbone.blocks, strict=True)
+    ):
+        modules = dict(new.named_modules())
+        for name, module in old.named_modules():
+            if isinstance(module, nn.Linear):
+                difference = modules[name].weight - module.weight
+                change = float(difference.norm() / module.weight.norm())
+                rows.append({"block": block, "layer": name, "relative_change": change})
+    return pd.DataFrame(rows)
+
+
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     """Write an adapter folder in PEFT's format, with what is needed to rebuild its base.
 
@@ -668,7 +693,8 @@ def load_classifier(path: str | Path) -> tuple[Classifier, dict]:
             f"{path}: not a classifier saved by this project (no usable configuration in its "
             f"metadata: {error}); pass the model_final.safetensors of a run"
         ) from error
-    backbone = build_backbone(config.backbone, config.image_size, len(config.bands))
+    bands = len(config.bands)
+    backbone = build_backbone(config.backbone, config.image_size, bands, initialise=False)
     classifier = Classifier(config, backbone)
     _load_complete(classifier, state, str(path))
     return classifier.eval(), provenance

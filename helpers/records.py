@@ -24,8 +24,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last, since writers choose the format by it.
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part.touch()
+    mode = part.stat().st_mode
+    part.unlink()
     try:
         yield part
+        part.chmod(mode)  # safetensors writes files that only their owner may read
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

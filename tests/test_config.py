@@ -21,7 +21,7 @@ class Parameters(Config):
 
 def notebook(injected="", **values):
     """`globals()` of a notebook whose parameters cell, then papermill's, have run."""
-    cells = ["", "import helpers", "epochs = 100"]
+    cells = ["", "import helpers", "epochs = 100\nbands = None\nmethod = 'head_only'"]
     if injected:
         cells.append(f"# Parameters\n{injected}")
         exec(injected, values)
@@ -117,7 +117,7 @@ def test_a_notebook_with_parameters_of_papermill():
 
 def test_a_parameter_that_the_notebook_does_not_have_is_refused():
     message = refusal(Parameters.from_notebook, notebook("epochs = 3\nfoo = 1\n"))
-    assert message.startswith("foo: unknown parameter; the parameters are data_path, epochs,")
+    assert message.startswith("foo: unknown parameter; the notebook's parameters are ")
     assert "epochs: " not in message
 
 

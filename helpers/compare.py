@@ -1,0 +1,251 @@
+"""Several runs side by side: methods, seeds, amounts of data and ranks on the same test images."""
+
+import itertools
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+
+from helpers.finetune import Run, RunConfig, save_run, train, training_setup
+from helpers.load_data import ChipData
+from helpers.metrics import mcnemar, paired_difference
+from helpers.model import METHODS
+
+
+class CompareConfig(RunConfig):
+    """Parameters of the method comparison; each run is a RunConfig made from them."""
+
+    methods: tuple[str, ...] = Field(
+        ("head_only", "lora", "dora"), min_length=1, description=f"from {', '.join(METHODS)}"
+    )
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one run per method and seed")
+    fractions: tuple[float, ...] = Field(
+        (0.25, 0.5), description="further runs of head_only and lora on a share of the training set"
+    )
+    ranks: tuple[int, ...] = Field((), description="further runs of lora with these ranks")
+    epochs: int = Field(15, gt=0, description="of lora, dora and full, at most")
+    patience: int = Field(5, gt=0, description="epochs of lora, dora, full without improvement")
+    batch_size: int = Field(32, gt=0, description="images per step of lora, dora and full")
+    full_learning_rate: float = Field(1e-4, gt=0, description="of full fine-tuning (AdamW)")
+    figures_path: str = Field("figures", description="folder for plots and their tables")
+
+    def run(self, method: str, seed: int, **changes) -> RunConfig:
+        """Parameters of one run.
+
+        A head-only run keeps its own epochs, patience and batch size (its epochs cost nothing)
+        and sweeps learning rates on the head input that all methods share.
+
+        Raises:
+            InputError: the method is unknown, or a change is wrong.
+        """
+        own = set(CompareConfig.model_fields) - set(RunConfig.model_fields)
+        values = self.model_dump(exclude=own) | {"method": method, "seed": seed}
+        if method == "head_only":
+            values["head_inputs"] = (self.head_input,)
+            for name in ("epochs", "patience", "batch_size"):
+                values[name] = RunConfig.model_fields[name].default
+        if method == "full":
+            values["learning_rate"] = self.full_learning_rate
+        return RunConfig.checked(**values | changes)
+
+
+def compare(config: CompareConfig, report=print) -> dict[str, Run]:
+    """Train, test and save every run of the comparison; return them by name.
+
+    Raises:
+        InputError: as `finetune.train`; runs finished before stay on disk.
+    """
+    plan = [config.run(method, seed) for method in config.methods for seed in config.seeds]
+    first = config.seeds[0]
+    for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
+        name = config.run(method, first).name
+        changes = {"train_fraction": fraction, "run_name": f"{name}_fraction{fraction:g}"}
+        plan.append(config.run(method, first, **changes))
+    for rank in config.ranks:
+        changes = {"lora_rank": rank, "run_name": f"{config.run('lora', first).name}_rank{rank}"}
+        plan.append(config.run("lora", first, **changes))
+    runs = {}
+    for number, own in enumerate(plan, start=1):
+        start = time.perf_counter()
+        runs[own.name] = train(own, own.data(), report=lambda line: None)
+        save_run(own, runs[own.name])
+        report(
+            f"[{number}/{len(plan)}] {own.name}: best epoch {runs[own.name].record['best_epoch']}, "
+            f"{time.perf_counter() - start:.0f} s"
+        )
+    return runs
+
+
+def main_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, int], Run]:
+    """The runs on all training data with the common rank, by method and seed."""
+    pairs = itertools.product(config.methods, config.seeds)
+    return {(method, seed): runs[config.run(method, seed).name] for method, seed in pairs}
+
+
+def own_test(run: Run) -> dict[str, dict[str, float]]:
+    """Test metrics of a run itself, without its baselines."""
+    return run.record["test"][run.record["backbone"]]
+
+
+def cost_table(runs: dict[tuple[str, int], Run], config: CompareConfig) -> pd.DataFrame:
+    """What each method trains, keeps, needs and takes; one row a method, medians over seeds.
+
+    Bytes and seconds are those measured in the runs; `bytes_to_keep` is what one more task costs
+    on disk beside the backbone: the adapter folder, the head, or a full copy.
+    """
+    rows = []
+    for method in config.methods:
+        own = [run for (name, _), run in runs.items() if name == method]
+        histories = [run.history for run in own]
+        to_best = [
+            h.seconds[: run.record["best_epoch"]].sum()
+            for h, run in zip(histories, own, strict=True)
+        ]
+        rows.append(
+            {
+                "method": method,
+                "trainable_parameters": own[0].record["parameters"]["trainable"],
+                "bytes_to_keep": bytes_to_keep(config.run(method, config.seeds[0]), own[0]),
+                "peak_memory_bytes": np.median([h.peak_memory_bytes.max() for h in histories]),
+                "seconds_per_epoch": np.median(np.concatenate([h.seconds for h in histories])),
+                "images_per_second": np.median(
+                    np.concatenate([h.images_per_second for h in histories])
+                ),
+                "seconds_to_best": np.median(to_best),
+                "epochs_to_best": np.median([run.record["best_epoch"] for run in own]),
+            }
+        )
+    return pd.DataFrame(rows).set_index("method")
+
+
+def bytes_to_keep(config: RunConfig, run: Run) -> int:
+    """Bytes on disk that one more task needs beside the shared backbone."""
+    if run.adapter:
+        return sum(f.stat().st_size for f in (config.folder / "adapter").iterdir())
+    if config.method == "full":
+        return (config.folder / "model_final.safetensors").stat().st_size
+    return sum(p.numel() * p.element_size() for p in run.classifier.linear_head.parameters())
+
+
+def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.DataFrame:
+    """Test metrics per method, seed and metric, with intervals over the test images."""
+    return pd.DataFrame(
+        {"method": method, "seed": seed, "metric": metric, **own_test(run)[metric]}
+        for (method, seed), run in runs.items()
+        for metric in metrics
+    )
+
+
+def test_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, spread over seeds and mean interval over images, one row a method."""
+
+    def line(own: pd.DataFrame) -> str:
+        text = f"{own.value.mean():.3f} [{own.low.mean():.3f}, {own.high.mean():.3f}]"
+        if len(own) > 1:
+            text += f" seeds {own.value.min():.3f} to {own.value.max():.3f}"
+        return text
+
+    cells = {key: line(own) for key, own in rows.groupby(["method", "metric"], sort=False)}
+    return pd.Series(cells).unstack().loc[rows.method.unique(), rows.metric.unique()]
+
+
+def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """Every pair of methods on the same test images, seed by seed.
+
+    Returns:
+        `first`, `second`, `seed`; `only_first`, `only_second` and `p_value` of McNemar's exact
+        test; `auroc_difference` (second - first) with its paired bootstrap interval `low`, `high`.
+    """
+    rows = []
+    methods = dict.fromkeys(method for method, _ in runs)
+    for first, second in itertools.combinations(methods, 2):
+        for seed in dict.fromkeys(seed for _, seed in runs):
+            tables = [runs[method, seed].predictions for method in (first, second)]
+            targets = tables[0].target.to_numpy()
+            probabilities = [t.filter(regex="^p_").to_numpy() for t in tables]
+            difference = paired_difference(targets, *probabilities, "auroc")
+            rows.append(
+                {"first": first, "second": second, "seed": seed}
+                | mcnemar(targets, *(t.predicted.to_numpy() for t in tables))
+                | {"auroc_difference": difference.pop("value")}
+                | difference
+            )
+    return pd.DataFrame(rows)
+
+
+def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
+    """One row per run: `method`, `seed`, `rank`, `train_fraction`, `train_chips`, `trainable` and
+    the test metric with its interval."""
+    return pd.DataFrame(
+        {
+            "run": name,
+            "method": run.record["method"],
+            "seed": run.record["config"]["seed"],
+            "rank": run.record["config"]["lora_rank"],
+            "train_fraction": run.record["config"]["train_fraction"],
+            "train_chips": run.record["chips"]["train"],
+            "trainable": run.record["parameters"]["trainable"],
+            **own_test(run)[metric],
+        }
+        for name, run in runs.items()
+    )
+
+
+def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFrame:
+    """Where a training step's time goes: median seconds of its parts over some steps.
+
+    Parts: `data` (take and augment a batch of decoded chips, move it to the device), `forward`,
+    `backward` and `optimizer`. The first two steps, which warm up, are left out.
+    """
+    model, group, examples = training_setup(config, data)
+    accelerator = Accelerator(
+        cpu=config.torch_device == "cpu", mixed_precision=config.mixed_precision
+    )
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
+    model.train()
+    rows = []
+    order = torch.randint(len(examples.targets), (steps, config.batch_size))
+    for batch in order:
+        marks = [time.perf_counter()]
+
+        def mark():
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())  # noqa: B023
+
+        chips = examples.take(batch, torch.randint(8, batch.shape)).to(accelerator.device)
+        targets = examples.targets[batch].to(accelerator.device)
+        mark()
+        loss = torch.nn.functional.cross_entropy(model(chips), targets)
+        mark()
+        accelerator.backward(loss)
+        mark()
+        optimizer.step()
+        optimizer.zero_grad()
+        mark()
+        rows.append(np.diff(marks))
+    parts = ["data", "forward", "backward", "optimizer"]
+    median = np.median(rows[2:], axis=0)
+    table = pd.DataFrame({"seconds": median, "share": median / median.sum()}, index=parts)
+    return table.rename_axis("part")
+
+
+def full_set_cost(runs: dict[tuple[str, int], Run], chips: int = 1_000_000) -> pd.DataFrame:
+    """What one pass of training over a large set would take, from the measured images per second.
+
+    Hours = chips / images per second / 3600. A head-only pass is the forward pass for the
+    features, which is done once for all epochs; the others need a pass every epoch.
+    """
+    rates = pd.DataFrame(
+        {
+            "method": method,
+            "images_per_second": run.record.get("features_per_second")
+            or run.history.images_per_second.median(),
+        }
+        for (method, _), run in runs.items()
+    )
+    table = rates.groupby("method", sort=False).median()
+    return table.assign(hours_per_pass=chips / table.images_per_second / 3600)

@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from pydantic import Field
+from sklearn.metrics import precision_recall_curve, roc_curve
 
-from helpers.finetune import Run, RunConfig, save_run, train, training_setup
+from helpers.finetune import Run, RunConfig, new_accelerator, save_run, train, training_setup
 from helpers.load_data import ChipData
-from helpers.metrics import mcnemar, paired_difference
+from helpers.metrics import mcnemar, paired_difference, reliability
 from helpers.model import METHODS
 
 
@@ -176,6 +176,47 @@ def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def histories(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """All histories under each other, with `method` and `seed`."""
+    return pd.concat(
+        [run.history.assign(method=method, seed=seed) for (method, seed), run in runs.items()]
+    )
+
+
+def operating_points(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """ROC and precision-recall points of the positive class, first seed of each method.
+
+    Returns:
+        `method`, `curve` (roc or pr), `x`, `y`.
+    """
+    tables = []
+    for method, run in first_seed(runs).items():
+        targets, scores = run.predictions.target, run.predictions.filter(regex="^p_").iloc[:, 1]
+        false, true, _ = roc_curve(targets, scores)
+        precision, recall, _ = precision_recall_curve(targets, scores)
+        for curve, x, y in (("roc", false, true), ("pr", recall, precision)):
+            tables.append(pd.DataFrame({"method": method, "curve": curve, "x": x, "y": y}))
+    return pd.concat(tables)
+
+
+def reliability_rows(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """`metrics.reliability` of the first seed of each method, with `method`."""
+    return pd.concat(
+        reliability(
+            run.predictions.target.to_numpy(), run.predictions.filter(regex="^p_").to_numpy()
+        ).assign(method=method)
+        for method, run in first_seed(runs).items()
+    )
+
+
+def first_seed(runs: dict[tuple[str, int], Run]) -> dict[str, Run]:
+    """The run of each method with the first seed."""
+    found: dict[str, Run] = {}
+    for (method, _), run in runs.items():
+        found.setdefault(method, run)
+    return found
+
+
 def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
     """One row per run: `method`, `seed`, `rank`, `train_fraction`, `train_chips`, `trainable` and
     the test metric with its interval."""
@@ -201,9 +242,7 @@ def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFra
     `backward` and `optimizer`. The first two steps, which warm up, are left out.
     """
     model, group, examples = training_setup(config, data)
-    accelerator = Accelerator(
-        cpu=config.torch_device == "cpu", mixed_precision=config.mixed_precision
-    )
+    accelerator = new_accelerator(config)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
     model.train()
     rows = []
@@ -249,3 +288,43 @@ def full_set_cost(runs: dict[tuple[str, int], Run], chips: int = 1_000_000) -> p
     )
     table = rates.groupby("method", sort=False).median()
     return table.assign(hours_per_pass=chips / table.images_per_second / 3600)
+
+
+def pair_sentence(tests: pd.DataFrame, first: str, second: str) -> str:
+    """What the paired tests say of two methods, as Markdown; tests as from `paired_tests`."""
+    own = tests[(tests["first"] == first) & (tests["second"] == second)]
+    better = int((own.low > 0).sum())
+    worse = int((own.high < 0).sum())
+    seeds = len(own)
+    verdict = (
+        f"better in every run ({seeds} of {seeds} intervals above zero)"
+        if better == seeds
+        else f"worse in every run ({seeds} of {seeds} intervals below zero)"
+        if worse == seeds
+        else f"not clearly different: the interval of the difference is above zero for {better}, "
+        f"below zero for {worse} and on both sides for {seeds - better - worse} of {seeds} seed(s)"
+    )
+    differences = ", ".join(
+        f"{row.auroc_difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples()
+    )
+    decisions = ", ".join(
+        f"{row.only_second} against {row.only_first} (p = {row.p_value:.2g})"
+        for row in own.itertuples()
+    )
+    return (
+        f"**{second} against {first}**, on the same test images: AUROC {differences}; chips that "
+        f"only {second} against only {first} has right: {decisions}. By AUROC {second} is "
+        f"{verdict}."
+    )
+
+
+def cost_sentence(costs: pd.DataFrame, first: str, second: str) -> str:
+    """What a method costs relative to another, as Markdown; costs as from `cost_table`."""
+    ratio = costs.loc[second] / costs.loc[first]
+    return (
+        f"{second} trains {costs.trainable_parameters[second]:,.0f} parameters "
+        f"({ratio.trainable_parameters:.2f} times {first}'s), keeps "
+        f"{costs.bytes_to_keep[second] / 1e3:,.0f} kB per task, takes "
+        f"{ratio.seconds_per_epoch:.2f} times as long per epoch and "
+        f"{ratio.peak_memory_bytes:.2f} times the peak memory of {first}."
+    )

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from sklearn.metrics import confusion_matrix
@@ -313,7 +314,7 @@ def fit_heads(
             FeatureExamples(train.values, train.targets),
             FeatureExamples(valid.values, valid.targets),
             _settings(config, train.targets),
-            accelerator=Accelerator(cpu=config.torch_device == "cpu"),
+            accelerator=new_accelerator(config),
             report=report,
         )
     return heads, progress
@@ -427,9 +428,11 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
 
 
 def new_accelerator(config: RunConfig) -> Accelerator:
-    """Device, precision and processes of lora, dora and full runs."""
-    on_cpu = config.torch_device == "cpu"
-    return Accelerator(cpu=on_cpu, mixed_precision=config.mixed_precision)
+    """Device, precision and processes of a run; heads are trained in fp32."""
+    precision = "no" if config.method == "head_only" else config.mixed_precision
+    # Accelerate keeps the first precision of a process; a notebook trains in several.
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=config.torch_device == "cpu", mixed_precision=precision)
 
 
 def training_setup(

@@ -514,7 +514,8 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        # By path, since the patch embedding's convolution is called proj too.
+        target_modules=rf".*\.blocks\..*\.({'|'.join(settings.targets)})",
         modules_to_save=["linear_head"],
         bias="none",
         use_dora=settings.dora,
@@ -554,6 +555,7 @@ def transfer_adapter(source: PeftModel, classifier: Classifier) -> PeftModel:
     return target.eval()
 
 
+@torch.no_grad()
 def weight_changes(before: Classifier, after: Classifier) -> pd.DataFrame:
     """How far training moved each linear layer of the blocks.
 

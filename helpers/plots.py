@@ -175,6 +175,137 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure
     return figure
 
 
+# --- Methods side by side ------------------------------------------------------------------------
+
+
+def method_colours(methods: list[str]) -> dict[str, tuple]:
+    """The same colour for a method in every figure."""
+    order = ("head_only", "lora", "dora", "full")
+    return {method: PALETTE[order.index(method)] for method in methods}
+
+
+def method_curves(histories: pd.DataFrame, title: str) -> Figure:
+    """Loss and AUROC by epoch per method: train dashed, valid solid; one thin line a seed.
+
+    Args:
+        histories: `method`, `seed` and the columns of a history.
+        title: names backbone, weights and data.
+    """
+    colours = method_colours(list(histories.method.unique()))
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.4))
+    for (method, _), own in histories.groupby(["method", "seed"], sort=False):
+        line = {"color": colours[method], "linewidth": 1.3}
+        axes[0].plot(own.epoch, own.train_loss, linestyle="--", **line)
+        axes[0].plot(own.epoch, own.valid_loss, **line)
+        axes[1].plot(own.epoch, own.valid_auroc, **line)
+    for method, colour in colours.items():
+        axes[1].plot([], [], color=colour, label=method)
+    axes[0].plot([], [], "k--", label="train")
+    axes[0].plot([], [], "k-", label="valid")
+    axes[0].set(xlabel="epoch", ylabel="loss (mean cross entropy per image)", xscale="log")
+    axes[1].set(xlabel="epoch", ylabel="validation AUROC", xscale="log")
+    for axis in axes:
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def against(
+    rows: pd.DataFrame, x: str, labels: tuple[str, str], title: str, lines: bool = False
+) -> Figure:
+    """A test metric with its interval against a column, on a log axis, one colour a method.
+
+    Args:
+        rows: `method`, `value`, `low`, `high` and the column x.
+        x: name of that column.
+        labels: of the x and the y axis, with units.
+        title: names backbone, weights and data.
+        lines: whether to join the points of a method.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.7, 3.4))
+    colours = method_colours(list(rows.method.unique()))
+    for method, own in rows.groupby("method", sort=False):
+        own = own.sort_values(x)
+        bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
+        axis.errorbar(
+            own[x], own.value, bars, fmt="o-" if lines else "o", color=colours[method],
+            capsize=3, label=method,
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
+    """ROC and precision-recall curves: `method`, `curve` (roc or pr), `x`, `y`."""
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.8))
+    colours = method_colours(list(curves.method.unique()))
+    for (method, curve), own in curves.groupby(["method", "curve"], sort=False):
+        axes[curve == "pr"].plot(own.x, own.y, color=colours[method], label=method)
+    axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":", label="chance")
+    axes[0].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall")
+    for axis in axes:
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy against confidence per bin; area of a point: images in the bin.
+
+    Args:
+        table: `method`, `confidence`, `accuracy`, `images`.
+        title: names backbone, weights and data.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.5, 3.8))
+    low = min(0.45, table.confidence.min() - 0.05)
+    axis.plot([low, 1], [low, 1], color="0.6", linestyle=":", label="perfectly calibrated")
+    for method, own in table.groupby("method", sort=False):
+        colour = method_colours([method])[method]
+        axis.plot(own.confidence, own.accuracy, color=colour, alpha=0.5)
+        size = 250 * own.images / own.images.sum()
+        axis.scatter(own.confidence, own.accuracy, s=size + 8, color=colour, label=method)
+    axis.set(xlabel="mean confidence of the bin", ylabel="accuracy in the bin", title=title)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Relative change of every linear layer by block (`weight_changes`), a panel a method."""
+    figure, axes = plt.subplots(1, len(changes), figsize=(PAGE, 4), squeeze=False, sharey=True)
+    top = max(table.relative_change.max() for table in changes.values())
+    for axis, (method, table) in zip(axes.flat, changes.items(), strict=True):
+        grid = table.pivot(index="block", columns="layer", values="relative_change")
+        sns.heatmap(
+            grid, annot=True, fmt=".3f", cmap="cividis", vmin=0, vmax=top, ax=axis, cbar=False,
+            annot_kws={"fontsize": 7},
+        )  # fmt: skip
+        axis.set(title=method, xlabel="layer", ylabel="block")
+        axis.label_outer()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def shares(table: pd.DataFrame, title: str) -> Figure:
+    """One bar split into the shares of its parts: `seconds` and `share`, parts as index."""
+    figure, axis = plt.subplots(figsize=(PAGE, 1.3))
+    left = 0.0
+    for (part, row), colour in zip(table.iterrows(), PALETTE, strict=False):
+        axis.barh(0, row.share, left=left, color=colour, label=f"{part} {row.share:.0%}")
+        left += row.share
+    axis.set(xlim=(0, 1), yticks=[], xlabel="share of a training step", title=title)
+    axis.legend(ncols=len(table), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.55))
+    return figure
+
+
 # --- The exported graph --------------------------------------------------------------------------
 
 # ONNX operators that move or reshape data without computing.

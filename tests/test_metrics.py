@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from helpers.metrics import METRICS, bootstrap_metrics, evaluate, weighted_metrics
+from helpers.metrics import (
+    METRICS,
+    bootstrap_metrics,
+    evaluate,
+    mcnemar,
+    paired_difference,
+    reliability,
+    weighted_metrics,
+)
 
 
 def fake_predictions(n=300, classes=2, seed=0, decimals=2):
@@ -78,3 +86,33 @@ def test_one_class_alone_has_no_auroc():
     probabilities = np.array([[0.2, 0.8], [0.6, 0.4]])
     value = weighted_metrics(np.array([1, 1]), probabilities, np.ones((1, 2)))["auroc"][0]
     assert np.isnan(value)
+
+
+def test_mcnemar_counts_and_its_exact_p_value():
+    targets = np.zeros(10, dtype=int)
+    first = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1])  # right six times
+    second = np.array([0, 0, 1, 1, 1, 1, 0, 1, 1, 1])  # loses four of them, gains one
+    test = mcnemar(targets, first, second)
+    assert (test["only_first"], test["only_second"]) == (4, 1)
+    assert test["p_value"] == pytest.approx(2 * (1 + 5) / 2**5)  # two-sided binomial, by hand
+    assert mcnemar(targets, first, first)["p_value"] == 1.0
+
+
+def test_paired_difference_is_narrower_than_unpaired_and_zero_for_itself():
+    targets, first = fake_predictions(n=400, seed=1, decimals=6)
+    second = 0.98 * first + 0.01
+    same = paired_difference(targets, first, first, "auroc", resamples=50)
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    shifted = paired_difference(targets, first, second, "brier", resamples=400)
+    own = evaluate(targets, first, resamples=400).loc["brier"]
+    assert shifted["low"] <= shifted["value"] <= shifted["high"]
+    assert shifted["high"] - shifted["low"] < 0.2 * (own.high - own.low)
+
+
+def test_reliability_bins_hold_every_image_once_and_give_the_calibration_error():
+    targets, probabilities = fake_predictions(n=500)
+    table = reliability(targets, probabilities)
+    assert table.images.sum() == 500
+    gaps = (table.accuracy - table.confidence).abs() * table.images / 500
+    error = weighted_metrics(targets, probabilities, np.ones((1, 500)))["calibration_error"][0]
+    assert gaps.sum() == pytest.approx(error)

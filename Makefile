@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lab lint bench install clean
+.PHONY: help run test lab lint notebooks bench install clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -42,8 +42,12 @@ lint: $(STAMP) ## ruff on code and notebooks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+notebooks: $(STAMP) ## execute the committed notebooks in place, with their defaults
+	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports --in_place
+
 bench: $(STAMP) ## measurements that take minutes and want a quiet machine
-	@$(BIN)/python benchmarks/data_scan.py
+	@$(BIN)/python -m benchmarks.data_scan
+	@$(BIN)/python -m benchmarks.training_speed
 
 clean: ## remove what runs leave behind, keep .venv
 	@rm -rf cache runs $$(git ls-files --others --ignored --exclude-standard --directory reports) .pytest_cache .ruff_cache

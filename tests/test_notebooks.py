@@ -12,12 +12,13 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
+from helpers.compare import CompareConfig
 from helpers.finetune import NotebookConfig
 from helpers.records import ROOT
-from tests.fake_data import split_folders
+from tests.fake_data import manifest_folder, split_folders
 from tools.run_notebooks import NOTEBOOKS, render
 
-CONFIGS = {"setup_finetune": NotebookConfig}
+CONFIGS = {"setup_finetune": NotebookConfig, "finetune_lora": CompareConfig}
 
 
 def read(name):
@@ -40,16 +41,14 @@ def run(name, folder, **parameters):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_parameters_cell_is_the_whole_interface(name):
-    """Each parameter of the configuration, with its default, and a comment beside each."""
+    """Only parameters of the configuration, with its defaults, and a comment beside each."""
     first = code_cells(name)[0]
     assert first.metadata.tags == ["parameters"]
     namespace = {}
-    exec(first.source, namespace)
+    exec(first.source, {}, namespace)
     config = CONFIGS[name]
-    expected = {field: info.default for field, info in config.model_fields.items()}
-    given = {field: namespace[field] for field in expected if field in namespace}
-    assert config(**given) == config()
-    assert set(given) == set(expected)
+    assert set(namespace) <= set(config.model_fields)
+    assert config.checked(**namespace) == config()
     lines = first.source.splitlines()
     for statement in ast.parse(first.source).body:
         assert "#" in lines[statement.end_lineno - 1], ast.unparse(statement)
@@ -122,10 +121,34 @@ def test_setup_with_other_parameters_on_other_data(tmp_path):
     assert "How far does a frozen DINOv2" in page.read_text()
 
 
+def test_lora_with_other_parameters(tmp_path):
+    """All four methods on another target with a rank sweep, two epochs each."""
+    manifest_folder(tmp_path / "data", counts={"train": 12, "valid": 4, "test": 8})
+    executed = run(
+        "finetune_lora",
+        tmp_path,
+        data_path=str(tmp_path / "data"),
+        image_size=28,
+        methods=["head_only", "lora", "dora", "full"],
+        fractions=[],
+        ranks=[1],
+        lora_targets=["qkv", "fc1"],
+        epochs=2,
+        device="cpu",
+    )
+    records = [json.loads(p.read_text()) for p in (tmp_path / "history").glob("*.json")]
+    assert sorted(r["method"] for r in records) == ["dora", "full", "head_only", "lora", "lora"]
+    assert {r["config"]["lora_rank"] for r in records if r["method"] == "lora"} == {1, 4}
+    figures = {p.name for p in (tmp_path / "figures").glob("*.png")}
+    assert figures >= {"lora_curves.png", "lora_ranks.png", "lora_weight_changes.png"}
+    render(executed, tmp_path / "page.html")
+    assert "Is DoRA worth its extra cost?" in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"epoch": 3}, "epoch: unknown parameter; the parameters are data_path"),
+        ({"epoch": 3}, "epoch: unknown parameter; the notebook's parameters are data_path"),
         ({"epochs": "many"}, "epochs: Input should be a valid integer"),
         ({"image_size": 100}, "image_size: 100 is not a multiple of the patch size 14"),
         ({"data_path": "nowhere"}, "data_path: nowhere does not exist"),

@@ -14,7 +14,8 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-NOTEBOOKS = ("setup_finetune",)
+# What `make run` changes beside the folders: more seeds than the committed notebooks show.
+NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -82,7 +83,8 @@ def main() -> None:
     for number, name in enumerate(NOTEBOOKS, start=1):
         print(f"[{number}/{len(NOTEBOOKS)}] {name}.ipynb ...", flush=True)
         executed = ROOT / f"{name}.ipynb" if arguments.in_place else output / f"{name}.ipynb"
-        seconds = run_notebook(name, executed, {} if arguments.in_place else folders)
+        parameters = {} if arguments.in_place else folders | NOTEBOOKS[name]
+        seconds = run_notebook(name, executed, parameters)
         pages.append(output / f"{name}.html")
         render(executed, pages[-1])
         print(f"      {seconds:.0f} s -> {arguments.output / pages[-1].name}", flush=True)

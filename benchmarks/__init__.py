@@ -1,0 +1,1 @@
+"""Measurements that take minutes and want a quiet machine; `make bench` runs them."""

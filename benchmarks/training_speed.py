@@ -1,0 +1,139 @@
+"""LoRA training speed: a plain loop against this project, alternating in one run.
+
+    python -m benchmarks.training_speed [--rounds 6] [--steps 4]
+
+The plain loop is the usual notebook's: fp32, one process that decodes and resizes the images of
+every batch, the loss fetched with `.item()` per batch. Both train the same backbone with the same
+PEFT adapter, batch and data, with random weights where none are embedded (speed does not depend on
+them). Writes `benchmark_results/training_speed.csv` and `.json`.
+
+The share of the matmul rate is FLOPs per image x images per second / measured rate. The FLOPs of a
+step are counted by torch in the matrix products of forward and backward pass: with frozen weights
+about twice the forward pass (no gradients of frozen weights), plus the small ones of the adapter.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers.console import progress_bar
+from helpers.features import DIHEDRAL_VIEWS
+from helpers.finetune import RunConfig, new_accelerator, new_classifier, training_setup
+from helpers.load_data import ChipData
+from helpers.machine import machine_limits
+from helpers.model import AdapterSettings, add_adapter
+from helpers.records import environment, write_json, written_whole
+
+CASES = (("example", "pretrained", 98, 32), ("dinov2_vits14", "random", 224, 16))
+RESULTS = Path("benchmark_results")
+
+
+def plain_loop(config: RunConfig, data: ChipData) -> Iterator[None]:
+    """Train step by step as a plain notebook does; each `next` is one step."""
+    device = config.torch_device
+    model = add_adapter(new_classifier(config, data), AdapterSettings()).to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    loader = DataLoader(
+        data.dataset("train", config.image_size), config.batch_size, shuffle=True, drop_last=True
+    )
+    model.train()
+    total = 0.0
+    while True:
+        for chips, targets in loader:
+            loss = functional.cross_entropy(model(chips.to(device)), targets.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            yield
+
+
+def project_loop(config: RunConfig, data: ChipData) -> Iterator[None]:
+    """The same step as `helpers.fit` makes it, on decoded and augmented chips."""
+    model, group, examples = training_setup(config, data)
+    accelerator = new_accelerator(config)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
+    model.train()
+    while True:
+        rows = torch.randint(len(examples.targets), (config.batch_size,))
+        views = torch.randint(DIHEDRAL_VIEWS, rows.shape)
+        chips = examples.take(rows, views).to(accelerator.device, non_blocking=True)
+        targets = examples.targets[rows].to(accelerator.device, non_blocking=True)
+        accelerator.backward(functional.cross_entropy(model(chips).float(), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def step_flops(config: RunConfig, data: ChipData) -> float:
+    """FLOPs of a LoRA training step per image, counted on one small batch."""
+    model = add_adapter(new_classifier(config, data), AdapterSettings())
+    chips = torch.zeros(2, len(data.bands), config.image_size, config.image_size).byte()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(chips).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def measure(config: RunConfig, rounds: int, steps: int) -> dict:
+    """Images per second of both loops, in turns; medians over rounds and the ratio per round."""
+    data = config.data()
+    loops = {"plain": plain_loop(config, data), "project": project_loop(config, data)}
+    seconds = {name: [] for name in loops}
+    for number in progress_bar(range(rounds + 1), desc=f"{config.backbone} {config.image_size} px"):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                next(loop)
+            if config.torch_device == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    rates = {k: steps * config.batch_size / np.array(v) for k, v in seconds.items()}
+    limits = machine_limits(config.torch_device, torch.get_num_threads())
+    flops = step_flops(config, data)
+    peak = "bf16" if config.mixed_precision == "bf16" else "fp32"
+    project = float(np.median(rates["project"]))
+    return {
+        "backbone": config.label,
+        "image_size_px": config.image_size,
+        "batch_size": config.batch_size,
+        "precision": peak,
+        "plain_images_per_second": float(np.median(rates["plain"])),
+        "project_images_per_second": project,
+        "ratio": float(np.median(rates["project"] / rates["plain"])),
+        "gflop_per_image": flops / 1e9,
+        f"matmul_gflop_per_second_{peak}": limits[peak] / 1e9,
+        "share_of_matmul_rate": flops * project / limits[peak],
+    }
+
+
+def main() -> None:
+    """Measure every case, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each loop")
+    parser.add_argument("--steps", type=int, default=4, help="training steps in a turn")
+    arguments = parser.parse_args()
+    rows = []
+    for backbone, weights, size, batch in CASES:
+        config = RunConfig(
+            method="lora", backbone=backbone, weights=weights, image_size=size, batch_size=batch
+        )
+        rows.append(measure(config, arguments.rounds, arguments.steps))
+    table = pd.DataFrame(rows)
+    print(table.T.to_string(float_format="{:.3g}".format))
+    with written_whole(RESULTS / "training_speed.csv") as part:
+        table.to_csv(part, index=False, float_format="%.4g")
+    write_json(RESULTS / "training_speed.json", vars(arguments) | {"environment": environment()})
+
+
+if __name__ == "__main__":
+    main()

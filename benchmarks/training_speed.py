@@ -27,11 +27,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.console import progress_bar
 from helpers.features import DIHEDRAL_VIEWS
-from helpers.finetune import RunConfig, new_accelerator, new_classifier, training_setup
+from helpers.finetune import new_accelerator, new_classifier, training_setup
 from helpers.load_data import ChipData
 from helpers.machine import machine_limits
 from helpers.model import AdapterSettings, add_adapter
 from helpers.records import environment, write_json, written_whole
+from helpers.runs import RunConfig
 
 CASES = (("example", "pretrained", 98, 32), ("dinov2_vits14", "random", 224, 16))
 RESULTS = Path("benchmark_results")

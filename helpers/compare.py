@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from helpers.finetune import Run, RunConfig, new_accelerator, save_run, train, training_setup
+from helpers.finetune import new_accelerator, train, training_setup
 from helpers.load_data import ChipData
 from helpers.metrics import mcnemar, paired_difference, reliability
 from helpers.model import METHODS
+from helpers.runs import Run, RunConfig, save_run
 
 
 class CompareConfig(RunConfig):

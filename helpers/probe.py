@@ -12,10 +12,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from helpers.console import run_command
 from helpers.features import colour_statistics, logistic_probe
-from helpers.finetune import RunConfig, new_classifier, split_features
+from helpers.finetune import new_classifier, split_features
 from helpers.load_data import ChipData, DataConfig
 from helpers.metrics import evaluate
 from helpers.model import head_columns
+from helpers.runs import RunConfig
 
 _TEMPERATURE = 0.07  # of DINO's kNN evaluation (arXiv:2104.14294, eval_knn.py)
 _SHOWN = ("auroc", "accuracy")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import InputError, finetune
+from helpers import InputError, finetune, runs
 from helpers.fit import HISTORY_COLUMNS
 from helpers.metrics import METRICS
 from helpers.model import load_classifier
@@ -30,7 +30,7 @@ def config_for(folder, **parameters):
         "cache_path": str(folder / "cache"),
         "run_name": "trial",
     }
-    return finetune.RunConfig(**defaults | parameters)
+    return runs.RunConfig(**defaults | parameters)
 
 
 def train(config):
@@ -47,7 +47,7 @@ def finished(tmp_path_factory):
     manifest_folder(folder / "data", counts={"train": 20, "valid": 8, "test": 8})
     config = config_for(folder)
     run = train(config)
-    return config, run, finetune.save_run(config, run)
+    return config, run, runs.save_run(config, run)
 
 
 def test_the_record_holds_what_a_reader_needs(finished):
@@ -139,7 +139,7 @@ def test_confident_errors_are_wrong_and_ordered():
             "p_y": [0.1, 0.6, 0.3, 0.01],
         }
     )
-    errors = finetune.confident_errors(predictions, 2)
+    errors = runs.confident_errors(predictions, 2)
     assert errors.img_path.tolist() == ["d", "c"]
     assert errors.predicted_label.tolist() == ["x", "x"]
 
@@ -158,11 +158,11 @@ def test_the_conclusion_follows_the_numbers():
             "backbone": entry(0.9, 0.8, 0.95),
         },
     }
-    assert "clearly better than colour statistics" in finetune.conclusion(record)
+    assert "clearly better than colour statistics" in runs.conclusion(record)
     record["test"]["backbone"] = entry(0.7, 0.6, 0.8)
-    assert "not clearly apart" in finetune.conclusion(record)
+    assert "not clearly apart" in runs.conclusion(record)
     record["test"]["backbone"] = entry(0.5, 0.4, 0.6)
-    assert "worse than colour statistics" in finetune.conclusion(record)
+    assert "worse than colour statistics" in runs.conclusion(record)
 
 
 def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):

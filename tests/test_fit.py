@@ -7,8 +7,9 @@ from torch import nn
 
 from helpers import InputError
 from helpers.features import Features
-from helpers.finetune import HeadSweep, RunConfig, fit_heads, sweep
+from helpers.finetune import HeadSweep, fit_heads, sweep
 from helpers.fit import HISTORY_COLUMNS, FeatureExamples, FitSettings, fit
+from helpers.runs import RunConfig
 
 WIDTH = 4  # of the fake backbone: features have five times as many columns
 

@@ -13,8 +13,8 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from helpers.compare import CompareConfig
-from helpers.finetune import NotebookConfig
 from helpers.records import ROOT
+from helpers.runs import NotebookConfig
 from tests.fake_data import manifest_folder, split_folders
 from tools.run_notebooks import NOTEBOOKS, render
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers import InputError, finetune
+from helpers import InputError, finetune, runs
 from helpers.features import decoded, dihedral
 from helpers.fit import ChipExamples, FitSettings, fit
 from helpers.records import ROOT
@@ -47,12 +47,12 @@ def config_for(data, folder, **parameters):
         "cache_path": str(folder / "cache"),
         "run_name": "trial",
     }
-    return finetune.RunConfig.checked(**defaults | parameters)
+    return runs.RunConfig.checked(**defaults | parameters)
 
 
 def run(config):
     finished = finetune.train(config, config.data(), report=lambda line: None)
-    finetune.save_run(config, finished)
+    runs.save_run(config, finished)
     return finished
 
 
@@ -77,7 +77,7 @@ def test_every_method_trains_only_what_it_should(chips_folder, tmp_path, method)
 
 
 def test_bf16_trains_close_to_fp32_and_saves_fp32(chips_folder, tmp_path):
-    if not finetune._cpu_has_bf16():
+    if not runs.cpu_has_bf16():
         pytest.skip("this CPU has no bf16")
     exact = run(config_for(chips_folder, tmp_path, lora_dropout=0.0, run_name="fp32"))
     config = config_for(chips_folder, tmp_path, lora_dropout=0.0, precision="bf16", run_name="bf16")

@@ -33,7 +33,7 @@ run: $(STAMP) ## run the notebooks on the embedded example, write reports/index.
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports
 
 test: $(STAMP) ## unit tests, papermill runs and nbval, offline and on the CPU
-	@$(OFFLINE) CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
+	@$(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: $(STAMP) ## open JupyterLab
 	@$(BIN)/jupyter lab

@@ -34,6 +34,7 @@ def run_notebook(name: str, output: Path, parameters: dict) -> float:
             cwd=ROOT,
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except PapermillExecutionError as error:
         sys.exit(f"error: {name}.ipynb failed: {error.ename}: {error.evalue} (see {output})")

@@ -21,14 +21,21 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import save_file
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from helpers.fit import FeatureExamples, FitSettings, fit
-from helpers.model import Classifier, export_onnx
+from helpers.fit import ChipExamples, FitSettings, fit
+from helpers.model import (
+    AdapterSettings,
+    Classifier,
+    add_adapter,
+    export_onnx,
+    merge_adapter,
+    save_adapter,
+)
 from helpers.records import written_whole
 from helpers.runtimes import Variant, block_layers
 
@@ -145,16 +152,13 @@ def _pure(name: str, dtype: str, source: Source) -> Variant:
 def _adapted(source: Source) -> tuple[PeftModel, str]:
     if source.adapted is not None:
         return source.adapted, "trained adapter"
-    config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["qkv"], modules_to_save=["linear_head"]
-    )
-    model = get_peft_model(copy.deepcopy(source.classifier), config).eval()
+    model = add_adapter(copy.deepcopy(source.classifier), AdapterSettings()).eval()
     return model, "new adapter of zero update (r 4 on qkv)"
 
 
 def _lora_unmerged(source: Source) -> Variant:
     adapted, which = _adapted(source)
-    adapted.save_pretrained(source.folder / "lora_adapter")
+    save_adapter(adapted, source.folder / "lora_adapter")
     base = copy.deepcopy(adapted).unload()
     variant = source.torch_variant(
         "lora_unmerged", f"{which}, not merged", base, adapter="lora_adapter"
@@ -167,7 +171,7 @@ def _lora_unmerged(source: Source) -> Variant:
 
 def _lora_merged(source: Source) -> Variant:
     adapted, which = _adapted(source)
-    merged = copy.deepcopy(adapted).merge_and_unload()
+    merged = merge_adapter(copy.deepcopy(adapted))
     return source.torch_variant("lora_merged", f"{which}, merged", merged)
 
 
@@ -403,8 +407,8 @@ def _structured_recovered(source: Source) -> Variant:
     fit(
         model,
         [group],
-        FeatureExamples(source.train[0][None], source.train[1]),
-        FeatureExamples(source.valid[0][None], source.valid[1]),
+        ChipExamples(*source.train),
+        ChipExamples(*source.valid),
         FitSettings(source.recovery_epochs, source.recovery_epochs, 32, seed=source.seed),
         accelerator=Accelerator(cpu=source.device == "cpu"),
         report=lambda line: None,

@@ -14,9 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlperf_loadgen as loadgen
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import InputError
-from helpers.runtimes import Predict
+from helpers.runtimes import Predict, Variant, remote
 
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
 STREAMS = 8  # samples of a MultiStream query
@@ -200,7 +200,7 @@ def run_scenario(
     scenario: str,
     expected_qps: float,
     *,
-    settings: LoadSettings | None = None,
+    percentile: float = 99,
     log_folder: str | Path | None = None,
 ) -> dict:
     """Run LoadGen once and return one row of results.
@@ -210,20 +210,20 @@ def run_scenario(
         scenario: of SCENARIOS.
         expected_qps: the Server's rate of Poisson arrivals; for Offline the rate that decides how
             many samples there are.
-        settings: in place of the system's own.
+        percentile: the highest that the queries must carry (`samples_needed`).
         log_folder: keeps LoadGen's logs there; a temporary folder by default.
 
     Returns:
-        `scenario, target_qps, queries, answered_per_second, p50_ms … p99_ms` (per query, from the
-        scheduled arrival, NaN where the queries do not carry them; none for Offline), `refused,
-        errors, mean_batch, early_stopping_ms` (LoadGen's own conservative estimate of the p90 of
-        SingleStream and the p99 of MultiStream), `loadgen_valid, within_bound` (Server: p99 under
-        the bound and nothing refused).
+        `scenario, target_qps, queries, samples, answered_per_second, p50_ms … p99_ms` (per query,
+        from the scheduled arrival, NaN where the queries do not carry them; none for Offline),
+        `refused, errors, mean_batch, early_stopping_ms` (LoadGen's own conservative estimate of
+        the p90 of SingleStream and the p99 of MultiStream), `loadgen_valid, within_bound`
+        (Server whose queries carry the p99: under the bound and nothing refused).
 
     Raises:
         InputError: rate or duration not positive.
     """
-    settings = settings or system.settings
+    settings = system.settings
     if not expected_qps > 0:
         raise InputError(f"qps: {expected_qps:g} is not positive")
     if not settings.seconds > 0:
@@ -231,7 +231,7 @@ def run_scenario(
     limit = settings.queue_limit if scenario == "Server" else 0
     with tempfile.TemporaryDirectory() as temporary, system.serving(limit) as service:
         folder = Path(log_folder or temporary)
-        _start(service, _test_settings(scenario, expected_qps, settings), folder)
+        _start(service, _test_settings(scenario, expected_qps, settings, percentile), folder)
         detail, samples = read_detail(folder), read_samples(folder)
     answered = samples[~samples["sample"].isin(service.refused)]
     latencies = answered.groupby("query").seconds.max().to_numpy()
@@ -240,6 +240,7 @@ def run_scenario(
         "scenario": scenario,
         "target_qps": expected_qps if scenario == "Server" else math.nan,
         "queries": len(latencies),
+        "samples": len(answered),
         "answered_per_second": len(answered) / (samples.done.max() - samples.scheduled.min()),
         **(no_queries if scenario == "Offline" else latency_percentiles(latencies)),
         "refused": len(service.refused),
@@ -248,9 +249,9 @@ def run_scenario(
         "early_stopping_ms": _early_stopping_ms(scenario, detail),
         "loadgen_valid": detail["result_validity"] == "VALID",
     }
-    slow = row["p99_ms"] > settings.latency_bound_ms or math.isnan(row["p99_ms"])
-    failed = slow or service.refused or service.errors
-    return row | {"within_bound": not failed if scenario == "Server" else None}
+    failed = row["p99_ms"] > settings.latency_bound_ms or service.refused or service.errors
+    judged = scenario == "Server" and percentile >= 99
+    return row | {"within_bound": not failed if judged else None}
 
 
 def _start(service: _Service, test: "loadgen.TestSettings", folder: Path) -> None:
@@ -271,15 +272,14 @@ def _start(service: _Service, test: "loadgen.TestSettings", folder: Path) -> Non
 
 
 def _test_settings(
-    scenario: str, expected_qps: float, settings: LoadSettings
+    scenario: str, expected_qps: float, settings: LoadSettings, percentile: float
 ) -> "loadgen.TestSettings":
     seconds = _MLPERF_SECONDS if settings.mlperf else settings.seconds
     test = loadgen.TestSettings()
     test.scenario = getattr(loadgen.TestScenario, scenario)
     test.mode = loadgen.TestMode.PerformanceOnly
     test.min_duration_ms = int(1000 * seconds)
-    # Enough for the percentile of the bound; eight streams at once are too slow for that.
-    test.min_query_count = samples_needed(95 if scenario == "MultiStream" else 99)
+    test.min_query_count = samples_needed(percentile)
     test.multi_stream_samples_per_query = STREAMS
     test.server_target_qps = test.offline_expected_qps = expected_qps
     test.server_target_latency_ns = int(1e6 * settings.latency_bound_ms)
@@ -340,10 +340,42 @@ def find_server_rate(system: System, start_qps: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def all_scenarios(
+    system: System,
+    start_qps: float | None = None,
+    energy: tuple[str, Callable[[], float]] | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The four scenarios, one row each, and all rates that the Server search tried.
+
+    Args:
+        system: to load.
+        start_qps: where the search starts; half the Offline rate by default.
+        energy: of `machine.energy_counter`, read around the Offline run.
+    """
+    _, joules = energy or ("", lambda: math.nan)
+    chips = np.resize(system.chips, (system.settings.max_batch, *system.chips.shape[1:]))
+    start = time.perf_counter()
+    system.predicts[0](chips)
+    estimate = len(system.predicts) * len(chips) / (time.perf_counter() - start)
+    before = joules()
+    offline = run_scenario(system, "Offline", estimate)
+    images = offline["samples"]
+    offline["joules_per_1000_images"] = 1000 * (joules() - before) / images
+    search = find_server_rate(system, start_qps or offline["answered_per_second"] / 2)
+    within = search[search.within_bound]
+    server = within.loc[[within.target_qps.idxmax()]].to_dict("records") if len(within) else []
+    single = run_scenario(system, "SingleStream", estimate)
+    # Eight chips a query: 299 of them would take too long for a default.
+    multi = run_scenario(system, "MultiStream", estimate, percentile=95)
+    return pd.DataFrame([single, multi, *server, offline]), search
+
+
 def load_curve(system: System, capacity: float, fractions: Sequence[float]) -> pd.DataFrame:
     """Server runs at fractions of a capacity (images/s), as `load` in the result."""
-    rows = [{"load": f} | run_scenario(system, "Server", f * capacity) for f in fractions]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"load": fraction} | run_scenario(system, "Server", fraction * capacity, percentile=95)
+        for fraction in fractions
+    )
 
 
 @contextmanager
@@ -366,12 +398,50 @@ def under_competition(
     rows = []
     for n in counts:
         with competing_processes(n):
-            rows.append({"competing": n} | run_scenario(system, "Server", rate))
+            rows.append({"competing": n} | run_scenario(system, "Server", rate, percentile=95))
             rows.append({"competing": n} | run_scenario(system, "Offline", offline_qps))
     return pd.DataFrame(rows)
 
 
-def soak(system: System, rate: float, seconds: float, log_folder: str | Path) -> dict:
-    """One long Server run; see `run_scenario`."""
-    settings = replace(system.settings, seconds=seconds)
-    return run_scenario(system, "Server", rate, settings=settings, log_folder=log_folder)
+def scaling(
+    variant: Variant,
+    counts: Sequence[int],
+    *,
+    chips: np.ndarray,
+    settings: LoadSettings,
+    threads: int,
+    device: str = "cpu",
+) -> pd.DataFrame:
+    """Throughput, latency and memory with several processes behind one queue.
+
+    Returns:
+        One row per count: `processes, threads_each, images_per_s` (Offline), `efficiency`
+        (against so many times the first row's rate per process), `offered_qps` (the same in every
+        row: 70 % of what the first count carries), `p50_ms, p95_ms` (Server), `memory_bytes`
+        (proportional set size of all model processes, which shares common pages out).
+    """
+    rows = []
+    for n in counts:
+        with ExitStack() as stack:
+            models = [stack.enter_context(remote(variant, threads, device)) for _ in range(n)]
+            system = System(models, chips, settings)
+            rate = rows[0]["images_per_s"] * n / rows[0]["processes"] if rows else 100.0
+            offline = run_scenario(system, "Offline", rate)["answered_per_second"]
+            offered = rows[0]["offered_qps"] if rows else 0.7 * offline
+            server = run_scenario(system, "Server", offered, percentile=95)
+            memory = sum(model.memory_bytes() for model in models)
+        rows.append(
+            {
+                "processes": n,
+                "threads_each": threads,
+                "images_per_s": offline,
+                "offered_qps": offered,
+                "p50_ms": server["p50_ms"],
+                "p95_ms": server["p95_ms"],
+                "refused": server["refused"],
+                "memory_bytes": memory,
+            }
+        )
+    table = pd.DataFrame(rows)
+    alone = table.images_per_s[0] / table.processes[0]
+    return table.assign(efficiency=table.images_per_s / (table.processes * alone))

@@ -11,11 +11,12 @@ own memory and cold start as one line of JSON.
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,13 +99,10 @@ def _load_torch(variant: Variant, threads: int, device: str) -> Predict:
     """A state dict for `Classifier`, in any precision, narrowed blocks and an adapter included."""
     import torch
 
-    from helpers.model import Classifier, ClassifierConfig, build_backbone, read_state_dict
+    from helpers.model import Classifier, build_backbone, config_from_json, read_state_dict
 
     torch.set_num_threads(threads)
-    fields = variant.options["classifier"]
-    config = ClassifierConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
+    config = config_from_json(variant.options["classifier"])
     backbone = build_backbone(config.backbone, config.image_size, len(config.bands))
     model = Classifier(config, backbone)
     if variant.runtime == "torchao":
@@ -206,7 +204,53 @@ RUNTIMES = {
 }
 
 
-# --- A fresh process -----------------------------------------------------------------------------
+# --- Other processes -----------------------------------------------------------------------------
+
+
+class Remote:
+    """A variant in a process of its own; calling it predicts there."""
+
+    def __init__(self, variant: Variant, threads: int, device: str):
+        """Start the process and wait until it has loaded the variant."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        arguments = (other, variant, threads, device)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        other.close()
+        self._connection.recv()
+
+    def __call__(self, chips: np.ndarray) -> np.ndarray:
+        """Chips -> logits, see `Predict`."""
+        self._connection.send(chips)
+        return self._connection.recv()
+
+    def memory_bytes(self) -> int:
+        """Proportional set size; resident size where the system has none."""
+        memory = psutil.Process(self._process.pid).memory_full_info()
+        return getattr(memory, "pss", memory.rss)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+
+@contextmanager
+def remote(variant: Variant, threads: int, device: str = "cpu") -> Iterator[Remote]:
+    """Serve a variant from another process."""
+    model = Remote(variant, threads, device)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _serve(connection, variant: Variant, threads: int, device: str) -> None:
+    predict = load(variant, threads, device)
+    connection.send("ready")
+    while True:
+        connection.send(predict(connection.recv()))
 
 
 def _peak_bytes() -> int:
@@ -217,12 +261,22 @@ def _peak_bytes() -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
 
 
+def _gpu_peak_bytes() -> int:
+    import torch
+
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def _reset_peak() -> None:
     with suppress(OSError):  # not every container lets a process reset its own mark
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def footprint(variant: Variant, chips: np.ndarray, batch_sizes: list[int], threads: int) -> dict:
+def footprint(
+    variant: Variant, chips: np.ndarray, batch_sizes: list[int], threads: int, device: str
+) -> dict:
     """Memory and cold start of this process, which must be a fresh one.
 
     Args:
@@ -230,14 +284,16 @@ def footprint(variant: Variant, chips: np.ndarray, batch_sizes: list[int], threa
         chips: (N, bands, S, S), repeated where a batch is larger.
         batch_sizes: ascending.
         threads: of one prediction.
+        device: `cpu` or `cuda`.
 
     Returns:
         `start_s` (interpreter start to here), `load_s` (imports and files), `first_prediction_s`
-        (one chip), `loaded_bytes` and `peak_bytes_<batch size>` (resident memory of the process).
+        (one chip), `loaded_bytes` and `peak_bytes_<batch size>` (resident memory of the process),
+        and `gpu_peak_bytes_<batch size>` (allocated by torch) on a GPU.
     """
     start_s = time.time() - psutil.Process().create_time()
     start = time.perf_counter()
-    predict = load(variant, threads)
+    predict = load(variant, threads, device)
     loaded = time.perf_counter()
     rss = psutil.Process().memory_info().rss
     predict(chips[:1])
@@ -253,6 +309,8 @@ def footprint(variant: Variant, chips: np.ndarray, batch_sizes: list[int], threa
         _reset_peak()
         predict(batch)
         result[f"peak_bytes_{size}"] = _peak_bytes()
+        if device == "cuda":
+            result[f"gpu_peak_bytes_{size}"] = _gpu_peak_bytes()
     return result
 
 
@@ -263,9 +321,11 @@ def main() -> None:
     parser.add_argument("--chips", required=True, help=".npy file of (N, bands, S, S)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", required=True)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     chips = np.load(args.chips, allow_pickle=False)
-    print(json.dumps(footprint(Variant.read(args.variant), chips, args.batch_sizes, args.threads)))
+    variant = Variant.read(args.variant)
+    print(json.dumps(footprint(variant, chips, args.batch_sizes, args.threads, args.device)))
 
 
 if __name__ == "__main__":

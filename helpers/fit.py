@@ -205,7 +205,7 @@ def fit(
 ) -> Progress:
     """Train every candidate until its validation loss stops falling, and restore its best epoch.
 
-    Where a device's memory does not hold a process's share of a batch, the share is halved and
+    Where a device's memory does not hold a process's share of a batch, the share is reduced and
     its gradients are accumulated; the optimizer still steps once per `settings.batch_size` images.
 
     Args:
@@ -230,7 +230,7 @@ def fit(
     loop = _Loop(model, optimizer, groups, train, valid, settings, accelerator)
     initial = Progress.start(groups)
 
-    # Accelerate calls it again with half the size when the device runs out of memory.
+    # Accelerate calls it again with a smaller size when the device runs out of memory.
     @find_executable_batch_size(
         starting_batch_size=math.ceil(settings.batch_size / accelerator.num_processes)
     )
@@ -242,6 +242,7 @@ def fit(
     if math.isinf(min(progress.best_loss)):
         raise InputError(f"{progress.failures[0]}; lower the learning rate or check the chips")
     _copy_into(groups, progress.best_values)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast outside of training
     return progress
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from helpers import InputError, finetune, runs
 from helpers.features import decoded, dihedral
 from helpers.fit import ChipExamples, FitSettings, fit
+from helpers.model import load_classifier
 from helpers.records import ROOT
 from tests.fake_data import manifest_folder
 
@@ -85,6 +87,20 @@ def test_bf16_trains_close_to_fp32_and_saves_fp32(chips_folder, tmp_path):
     assert (exact.history.train_loss - low.history.train_loss).abs().max() < 0.05
     state = load_file(config.folder / "model_final.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_saved_classifier_gives_the_recorded_predictions(chips_folder, tmp_path, method):
+    """Also after training in bf16: predictions and files are fp32."""
+    config = config_for(chips_folder, tmp_path, method=method, precision="auto")
+    finished = run(config)
+    classifier, _ = load_classifier(config.folder / "model_final.safetensors")
+    chips = torch.stack([chip for chip, _ in config.data().dataset("test", 28)])
+    with torch.inference_mode():
+        for model in (classifier, finished.classifier):
+            probabilities = model(chips).softmax(1).numpy()
+            expected = finished.predictions.filter(regex="^p_").to_numpy()
+            np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +199,10 @@ def fit_linear(model, **settings):
     return progress.history(0)
 
 
-def test_running_out_of_memory_halves_the_share_and_gives_the_same_history():
-    whole, halved = Linear(), Linear(limit=5)
-    expected, history = fit_linear(whole), fit_linear(halved)
-    assert whole.largest == 16 and halved.largest <= 5
+def test_running_out_of_memory_reduces_the_share_and_gives_the_same_history():
+    whole, reduced = Linear(), Linear(limit=5)
+    expected, history = fit_linear(whole), fit_linear(reduced)
+    assert whole.largest == 16 and reduced.largest <= 5
     pd.testing.assert_frame_equal(history[NUMBERS], expected[NUMBERS], rtol=1e-5)
 
 

@@ -84,6 +84,8 @@ class Source:
     @cached_property
     def onnx(self) -> Path:
         """The classifier as an ONNX file."""
+        if self.train[0].dtype != torch.uint8:
+            raise Unavailable("the exported graph takes 8-bit chips, and these are not")
         return export_onnx(self.classifier, self.folder / "onnx_fp32.onnx")
 
     @cached_property
@@ -478,7 +480,7 @@ def build_variants(
     """Build variants, one after the other; what cannot be built is listed with the reason.
 
     Returns:
-        The variants, and a table of all names: `variant, made, precision, mebibytes_on_disk,
+        The variants, and a table of all names: `variant, made, arithmetic, mebibytes_on_disk,
         unavailable`.
     """
     source.folder.mkdir(parents=True, exist_ok=True)
@@ -502,12 +504,12 @@ def build_variants(
                 {
                     "variant": name,
                     "made": variant.made,
-                    "precision": variant.precision,
+                    "arithmetic": variant.precision,
                     "mebibytes_on_disk": variant.bytes_on_disk / 2**20,
                 }
             )
         report(f"{name}: {rows[-1].get('unavailable') or 'built'}")
-    columns = ["variant", "made", "precision", "mebibytes_on_disk", "unavailable"]
+    columns = ["variant", "made", "arithmetic", "mebibytes_on_disk", "unavailable"]
     return variants, pd.DataFrame(rows, columns=columns)
 
 

@@ -60,8 +60,8 @@ class BenchmarkConfig(Config):
     data_path: str = Field(
         "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
     )
-    variants: tuple[Literal[tuple(BUILDERS)], ...] = Field(
-        tuple(BUILDERS), description=f"to build, from {', '.join(BUILDERS)}"
+    variants: tuple[Literal[tuple(BUILDERS)], ...] | None = Field(
+        None, description=f"to build, all by default, from {', '.join(BUILDERS)}"
     )
     gate_points: float = Field(
         0.5, ge=0, description="accuracy that a deployable variant may lose, in percentage points"
@@ -110,10 +110,15 @@ class BenchmarkConfig(Config):
     threads: PositiveInt | None = Field(None, description="of one prediction; all cores by default")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="of PyTorch variants")
     seed: int = Field(0, ge=0, description="of bootstrap draws and of recovery")
-    output_path: str = Field("models/variants", description="folder for the variants' files")
+    output_path: str = Field("models", description="folder for the variants' files")
     results_path: str = Field("benchmark_results", description="folder for tables and records")
     figures_path: str = Field("figures", description="folder for figures")
     run_name: str | None = Field(None, description="name of the results; the model's by default")
+
+    @property
+    def variant_names(self) -> tuple[str, ...]:
+        """What to build."""
+        return self.variants or tuple(BUILDERS)
 
     @property
     def load_settings(self) -> LoadSettings:
@@ -168,7 +173,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
             f"{len(config.batch_sizes)} batch_sizes; give one for each"
         )
     check_percentiles(config.percentiles, max(config.latency_samples))
-    if REFERENCE not in config.variants:
+    if REFERENCE not in config.variant_names:
         raise InputError(f"variants: {REFERENCE} is the reference and must be among them")
     classifier, provenance, adapted = _load_model(config.model_path)
     trained = RunConfig.checked(**provenance["config"] | {"data_path": config.data_path})
@@ -178,13 +183,14 @@ def open_bench(config: BenchmarkConfig) -> Bench:
             f"data_path: {config.data_path} has the classes {', '.join(data.classes)}, the model "
             f"was trained on {', '.join(classifier.config.classes)}; pass data with those"
         )
+    name = config.run_name or f"benchmark_{provenance['run']}"
     device = RunConfig(device=config.device).torch_device
     train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
     source = Source(
         classifier,
         train,
         valid,
-        Path(config.output_path),
+        Path(config.output_path) / name,
         adapted=adapted,
         device=device,
         calibration_chips=config.calibration_chips,
@@ -193,7 +199,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     )
     return Bench(
         config,
-        config.run_name or f"benchmark_{provenance['run']}",
+        name,
         f"{provenance['backbone']}, {classifier.config.image_size} px, data {provenance['data']}",
         source,
         data,
@@ -577,7 +583,7 @@ def expectations(summary: pd.DataFrame, decision: dict[str, str]) -> pd.DataFram
     if "lora_merged" in rows.index:
         ratio = rows.p50_ms["lora_merged"] / reference.p50_ms
         table.append(("latency of merged LoRA, relative", "0.98 to 1.02", ratio, 0.98, 1.02))
-    for name in rows.index[rows.precision.eq("int8")]:
+    for name in rows.index[rows.arithmetic.eq("int8")]:
         ratio = rows.mebibytes_on_disk[name] / reference.mebibytes_on_disk
         table.append((f"file of {name}, relative", "at most 0.27", ratio, 0.0, 0.27))
     frame = pd.DataFrame(table, columns=["what", "expected", "measured", "low", "high"])
@@ -614,6 +620,26 @@ def deployment_sentence(
         f"{machine['gpu'] if bench.device == 'cuda' else machine['cpu']}, "
         f"{machine['cpu_cores']} cores. Not an MLPerf submission."
     )
+
+
+def decision_text(decision: dict[str, str], sentence: str) -> str:
+    """The decision as Markdown."""
+    lines = [f"- {what}: **{name}**" for what, name in decision.items() if what != "recommended"]
+    best = "\n".join(lines)
+    return (
+        f"Among the variants within the quality gate:\n\n{best}\n\n"
+        f"**Recommended: {decision['recommended']}.** For the deployment plan:\n\n> {sentence}"
+    )
+
+
+def energy_sentence(scenarios: pd.DataFrame) -> str:
+    """Energy per 1,000 images, or that the machine does not say."""
+    counter = energy_counter()
+    if counter is None:
+        return "This machine exposes no energy counter (RAPL, NVML); energy was not measured."
+    rows = scenarios[scenarios.scenario == "Offline"]
+    values = [f"{r.variant} {r.joules_per_1000_images:.0f} J" for r in rows.itertuples()]
+    return f"Energy per 1,000 images, Offline ({counter[0]}): {', '.join(values)}."
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -657,7 +683,7 @@ def main() -> None:
     """Benchmark every form of a trained classifier and recommend one."""
     bench = open_bench(BenchmarkConfig.from_arguments(main.__doc__))
     print(bench.label)
-    variants, built = build_variants(bench.source, bench.config.variants)
+    variants, built = build_variants(bench.source, bench.config.variant_names)
     predicts = load_all(bench, variants)
     by_name = {v.name: v for v in variants}
     quality = measure_quality(bench, predicts)

@@ -197,7 +197,8 @@ def token_components(classifier: Classifier, chips: Tensor) -> np.ndarray:
     """First three principal components of all patch tokens, as colours at chip size.
 
     The picture that DINOv2 is known for (Oquab et al. 2023, figure 1), here with one common PCA
-    over all chips, so that equal colours mean similar tokens.
+    over all chips, so that equal colours mean similar tokens. The mean token of each position is
+    taken off first: it says where a patch lies in the chip, not what it shows.
 
     Args:
         classifier: its head is not used.
@@ -210,6 +211,7 @@ def token_components(classifier: Classifier, chips: Tensor) -> np.ndarray:
     tokens = classifier.backbone.forward_features(classifier.normalize(chips))
     patches = tokens[:, classifier.backbone.num_prefix_tokens :].cpu()
     side = classifier.backbone.patch_embed.grid_size[0]
+    patches = patches - patches.mean(dim=0)
     components = PCA(3, random_state=0).fit_transform(patches.flatten(0, 1).numpy())
     low, high = np.percentile(components, [1, 99], axis=0)
     colours = torch.from_numpy(((components - low) / (high - low)).clip(0, 1))

@@ -487,11 +487,17 @@ def _is_reported(progress: Progress, settings: FitSettings) -> bool:
 
 def _line(progress: Progress, settings: FitSettings) -> str:
     """The state of the best candidate in one line."""
-    row = progress.histories[progress.best][-1]
+    best, row = progress.best, progress.histories[progress.best][-1]
+    if row["epoch"] < progress.epoch:
+        state = (
+            f"best candidate stopped, valid loss {progress.best_loss[best]:.4f} "
+            f"at epoch {progress.best_epoch[best]}"
+        )
+    else:
+        state = (
+            f"train loss {row['train_loss']:.4f}  valid loss {row['valid_loss']:.4f}  "
+            f"valid accuracy {row['valid_acc']:.3f}  valid AUROC {row['valid_auroc']:.3f}"
+        )
     running = progress.stopped.count(False)
-    line = (
-        f"epoch {progress.epoch:3d}/{settings.epochs}  "
-        f"train loss {row['train_loss']:.4f}  valid loss {row['valid_loss']:.4f}  "
-        f"valid accuracy {row['valid_acc']:.3f}  valid AUROC {row['valid_auroc']:.3f}"
-    )
-    return line + (f"  {running} of {len(progress.stopped)} running" if running > 1 else "")
+    others = f"  {running} of {len(progress.stopped)} running" if len(progress.stopped) > 1 else ""
+    return f"epoch {progress.epoch:3d}/{settings.epochs}  {state}{others}"

@@ -36,7 +36,11 @@ METRIC_NAMES = {
 def use_style() -> None:
     """Set the look of every figure: colour-blind-safe, readable at page width."""
     sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9)
-    matplotlib.rcParams |= {"figure.dpi": 96, "savefig.dpi": 144, "axes.titlesize": "medium"}
+    matplotlib.rcParams |= {
+        "figure.dpi": 100,
+        "savefig.dpi": "figure",
+        "axes.titlesize": "medium",
+    }
 
 
 def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) -> Figure:
@@ -71,7 +75,12 @@ def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None
     lines = 1 + max((title.count("\n") + 1 for title in titles or []), default=0)
     height = PAGE / columns + 0.17 * lines
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(PAGE, height * len(rows)), squeeze=False, layout="constrained"
+        len(rows),
+        columns,
+        figsize=(PAGE, height * len(rows)),
+        squeeze=False,
+        layout="constrained",
+        dpi=80,  # photographs make large files
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis in line:

@@ -44,10 +44,10 @@ class RunConfig(DataConfig):
         tuple(HEAD_INPUTS), min_length=1, description=f"to sweep, from {', '.join(HEAD_INPUTS)}"
     )
     learning_rates: tuple[PositiveFloat, ...] = Field(
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), min_length=1, description="to sweep, of AdamW"
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1, description="to sweep, of AdamW"
     )
     weight_decays: tuple[NonNegativeFloat, ...] = Field(
-        (0.0, 0.1), min_length=1, description="to sweep, of AdamW"
+        (0.0, 1.0), min_length=1, description="to sweep, of AdamW"
     )
     head_input: Literal[tuple(HEAD_INPUTS)] = Field(
         "cls+mean", description=f"of lora, dora, full: one of {', '.join(HEAD_INPUTS)}"

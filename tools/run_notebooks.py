@@ -14,8 +14,20 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-# What `make run` changes beside the folders: more seeds than the committed notebooks show.
-NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}}
+# In order, with what `make run` changes in them beside the folders.
+NOTEBOOKS = {
+    "setup_finetune": {},
+    "finetune_lora": {"seeds": [0, 1, 2]},
+    "benchmark": {
+        "model_path": "{output}/models/head_only_example_example_seed0/model_final.safetensors"
+    },
+}
+FOLDERS = {
+    "output_path": "models",
+    "history_path": "training_history",
+    "figures_path": "figures",
+    "results_path": "benchmark_results",
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +51,17 @@ def run_notebook(name: str, output: Path, parameters: dict) -> float:
     except PapermillExecutionError as error:
         sys.exit(f"error: {name}.ipynb failed: {error.ename}: {error.evalue} (see {output})")
     return time.perf_counter() - start
+
+
+def parameters_below(name: str, output: Path) -> dict:
+    """What `make run` passes to a notebook: its own changes, and folders below `output`."""
+    offered = papermill.inspect_notebook(ROOT / f"{name}.ipynb")
+    folders = {key: str(output / folder) for key, folder in FOLDERS.items() if key in offered}
+    own = {
+        key: value.format(output=output) if isinstance(value, str) else value
+        for key, value in NOTEBOOKS[name].items()
+    }
+    return folders | own
 
 
 def render(notebook: Path, page: Path) -> None:
@@ -72,19 +95,11 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    folders = {
-        f"{name}_path": str(arguments.output / folder)
-        for name, folder in {
-            "output": "models",
-            "history": "training_history",
-            "figures": "figures",
-        }.items()
-    }
     pages = []
     for number, name in enumerate(NOTEBOOKS, start=1):
         print(f"[{number}/{len(NOTEBOOKS)}] {name}.ipynb ...", flush=True)
         executed = ROOT / f"{name}.ipynb" if arguments.in_place else output / f"{name}.ipynb"
-        parameters = {} if arguments.in_place else folders | NOTEBOOKS[name]
+        parameters = {} if arguments.in_place else parameters_below(name, arguments.output)
         seconds = run_notebook(name, executed, parameters)
         pages.append(output / f"{name}.html")
         render(executed, pages[-1])

@@ -246,6 +246,8 @@ def _onnx_int8_static(source: Source) -> Variant:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        # Products of two activations (attention) lose too much in one scale for all.
+        extra_options={"MatMulConstBOnly": True},
     )
     made = f"int8 QDQ, calibrated on {len(np.concatenate(source.calibration))} training chips"
     return _onnx_variant(source, "onnx_int8_static", made, "int8")

@@ -42,9 +42,9 @@ from helpers.load_generator import (
 from helpers.machine import cpu_flags, energy_counter, flops_per_image, machine_limits
 from helpers.metrics import bootstrap_metrics, evaluate
 from helpers.model import Classifier, load_adapter, load_classifier, merge_adapter
-from helpers.records import ROOT, environment, write_json, written_whole
+from helpers.records import environment, write_json, written_whole
 from helpers.runs import RunConfig
-from helpers.runtimes import Predict, Variant, load
+from helpers.runtimes import Predict, Variant, load, worker_environment
 
 QUALITY = ("accuracy", "precision", "recall", "f1", "auroc")
 _PACKAGES = ("torchao", "onnx", "onnxruntime", "openvino", "nncf", "mlcommons-loadgen")
@@ -176,8 +176,8 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     if REFERENCE not in config.variant_names:
         raise InputError(f"variants: {REFERENCE} is the reference and must be among them")
     classifier, provenance, adapted = _load_model(config.model_path)
-    trained = RunConfig.checked(**provenance["config"] | {"data_path": config.data_path})
-    data = trained.data()
+    trained = {k: v for k, v in provenance["config"].items() if k in RunConfig.model_fields}
+    data = RunConfig.checked(**trained | {"data_path": config.data_path}).data()
     if data.classes != classifier.config.classes:
         raise InputError(
             f"data_path: {config.data_path} has the classes {', '.join(data.classes)}, the model "
@@ -392,8 +392,7 @@ def measure_memory(
             command = [sys.executable, "-m", "helpers.runtimes", "--variant", str(variant.save()),
                        "--chips", str(chips), "--batch_sizes", *sizes,
                        "--threads", str(bench.threads), "--device", bench.device]  # fmt: skip
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            done = subprocess.run(command, capture_output=True, text=True, env=worker_environment())
             if done.returncode:
                 raise RuntimeError(f"{variant.name} failed in a fresh process:\n{done.stderr}")
             rows.append({"variant": variant.name} | json.loads(done.stdout.splitlines()[-1]))

@@ -14,11 +14,14 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -211,12 +214,18 @@ class Remote:
     """A variant in a process of its own; calling it predicts there."""
 
     def __init__(self, variant: Variant, threads: int, device: str):
-        """Start the process and wait until it has loaded the variant."""
-        context = multiprocessing.get_context("spawn")
-        self._connection, other = context.Pipe()
-        arguments = (other, variant, threads, device)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        """Start the process and wait until it has loaded the variant.
+
+        A new interpreter and not `multiprocessing`, which would import the caller's main module
+        there, and all that hangs on it.
+        """
+        self._connection, other = multiprocessing.Pipe()
+        command = [sys.executable, "-m", "helpers.runtimes", "--variant", str(variant.save()),
+                   "--threads", str(threads), "--device", device,
+                   "--serve", str(other.fileno())]  # fmt: skip
+        self._process = subprocess.Popen(
+            command, env=worker_environment(), pass_fds=[other.fileno()]
+        )
         other.close()
         self._connection.recv()
 
@@ -232,8 +241,9 @@ class Remote:
 
     def close(self) -> None:
         """End the process."""
-        self._process.terminate()
-        self._process.join()
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
 
 
 @contextmanager
@@ -246,11 +256,17 @@ def remote(variant: Variant, threads: int, device: str = "cpu") -> Iterator[Remo
         model.close()
 
 
-def _serve(connection, variant: Variant, threads: int, device: str) -> None:
-    predict = load(variant, threads, device)
-    connection.send("ready")
-    while True:
-        connection.send(predict(connection.recv()))
+def worker_environment() -> dict[str, str]:
+    """Environment in which another interpreter finds this package, wherever it is started."""
+    return os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+
+
+def _serve(handle: int, predict: Predict) -> None:
+    """Answer chips with logits over an inherited pipe until its other end closes."""
+    with Connection(handle) as connection, suppress(EOFError):
+        connection.send("ready")
+        while True:
+            connection.send(predict(connection.recv()))
 
 
 def _peak_bytes() -> int:
@@ -315,16 +331,20 @@ def footprint(
 
 
 def main() -> None:
-    """Measure one variant in this process and print one line of JSON."""
+    """Measure one variant in this process and print one line of JSON, or serve it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--variant", required=True, help="description written by Variant.save")
-    parser.add_argument("--chips", required=True, help=".npy file of (N, bands, S, S)")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", required=True)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--chips", help=".npy file of (N, bands, S, S), to measure with")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="to measure")
+    parser.add_argument("--serve", type=int, metavar="HANDLE", help="of the pipe to serve over")
     args = parser.parse_args()
-    chips = np.load(args.chips, allow_pickle=False)
     variant = Variant.read(args.variant)
+    if args.serve is not None:
+        _serve(args.serve, load(variant, args.threads, args.device))
+        return
+    chips = np.load(args.chips, allow_pickle=False)
     print(json.dumps(footprint(variant, chips, args.batch_sizes, args.threads, args.device)))
 
 

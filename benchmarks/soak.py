@@ -1,0 +1,83 @@
+"""Does serving stay stable? Minutes of the Server scenario at 80 % of capacity.
+
+`python -m benchmarks.soak [--minutes 10] [--model_path F] [--variant openvino_int8]` serves one
+variant from a process of its own, finds its capacity (Offline), offers 80 % of it and compares the
+memory of that process at the end with the memory after the first minute.
+"""
+
+import argparse
+import tempfile
+import threading
+from dataclasses import replace
+
+from helpers.compress import BUILDERS, REFERENCE, build_variants
+from helpers.console import run_command
+from helpers.load_generator import System, run_scenario
+from helpers.production_benchmarking import BenchmarkConfig, open_bench, save_results
+from helpers.runtimes import remote
+
+LOAD = 0.8
+SAMPLE_EVERY = 10  # seconds between two readings of the memory
+
+
+def main() -> None:
+    """Build the variant, find its capacity, soak it, print and write what happened."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--model_path", default=BenchmarkConfig().model_path)
+    parser.add_argument("--variant", choices=BUILDERS, default="openvino_int8")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = BenchmarkConfig.checked(
+            model_path=arguments.model_path,
+            variants=(REFERENCE, arguments.variant),
+            output_path=folder,
+            run_name=f"soak_{arguments.variant}",
+        )
+        bench = open_bench(config)
+        variants, _ = build_variants(bench.source, config.variant_names)
+        with remote(variants[-1], bench.threads) as model:
+            result = soak(bench, model, arguments.minutes)
+    print(bench.label)
+    for name, value in result.items():
+        print(f"{name:24} {value}")
+    save_results(bench, {}, {"soak": result})
+
+
+def soak(bench, model, minutes: float) -> dict:
+    """Load a served model for minutes; memory is that of its process alone, in MiB."""
+    settings = bench.config.load_settings
+    system = System([model], bench.chips, replace(settings, seconds=5))
+    rate = run_scenario(system, "Offline", 100)["answered_per_second"]
+    capacity = run_scenario(system, "Offline", rate)["answered_per_second"]
+    system.settings = replace(settings, seconds=60 * minutes)
+    readings: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_EVERY):
+            readings.append(model.memory_bytes() / 2**20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    row = run_scenario(system, "Server", LOAD * capacity)
+    done.set()
+    watcher.join()
+    first_minute = readings[min(60 // SAMPLE_EVERY, len(readings)) - 1]
+    return {
+        "minutes": minutes,
+        "capacity_per_s": round(capacity, 1),
+        "offered_per_s": round(LOAD * capacity, 1),
+        "queries": row["queries"],
+        "answered_per_s": round(row["answered_per_second"], 1),
+        "p50_ms": round(row["p50_ms"], 2),
+        "p99_ms": round(row["p99_ms"], 2),
+        "errors": row["errors"],
+        "refused": row["refused"],
+        "mib_after_one_minute": round(first_minute, 1),
+        "mib_at_the_end": round(readings[-1], 1),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -27,8 +27,8 @@ class CompareConfig(RunConfig):
         (0.25, 0.5), description="further runs of head_only and lora on a share of the training set"
     )
     ranks: tuple[int, ...] = Field((), description="further runs of lora with these ranks")
-    epochs: int = Field(15, gt=0, description="of lora, dora and full, at most")
-    patience: int = Field(5, gt=0, description="epochs of lora, dora, full without improvement")
+    epochs: int = Field(12, gt=0, description="of lora, dora and full, at most")
+    patience: int = Field(4, gt=0, description="epochs of lora, dora, full without improvement")
     batch_size: int = Field(32, gt=0, description="images per step of lora, dora and full")
     full_learning_rate: float = Field(1e-4, gt=0, description="of full fine-tuning (AdamW)")
     figures_path: str = Field("figures", description="folder for plots and their tables")

@@ -50,7 +50,9 @@ class CompareConfig(RunConfig):
                 values[name] = RunConfig.model_fields[name].default
         if method == "full":
             values["learning_rate"] = self.full_learning_rate
-        return RunConfig.checked(**values | changes)
+        run = RunConfig.checked(**values | changes)
+        # Names of their own, so that the head-only run of setup_finetune stays as it is.
+        return run.model_copy(update={"run_name": f"compare_{run.name}"})
 
 
 def compare(config: CompareConfig, report=print) -> dict[str, Run]:
@@ -62,12 +64,11 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     plan = [config.run(method, seed) for method in config.methods for seed in config.seeds]
     first = config.seeds[0]
     for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
-        name = config.run(method, first).name
-        changes = {"train_fraction": fraction, "run_name": f"{name}_fraction{fraction:g}"}
-        plan.append(config.run(method, first, **changes))
+        own = config.run(method, first, train_fraction=fraction)
+        plan.append(own.model_copy(update={"run_name": f"{own.name}_fraction{fraction:g}"}))
     for rank in config.ranks:
-        changes = {"lora_rank": rank, "run_name": f"{config.run('lora', first).name}_rank{rank}"}
-        plan.append(config.run("lora", first, **changes))
+        own = config.run("lora", first, lora_rank=rank)
+        plan.append(own.model_copy(update={"run_name": f"{own.name}_rank{rank}"}))
     runs = {}
     for number, own in enumerate(plan, start=1):
         start = time.perf_counter()

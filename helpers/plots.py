@@ -253,7 +253,7 @@ def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.8))
     colours = method_colours(list(curves.method.unique()))
     for (method, curve), own in curves.groupby(["method", "curve"], sort=False):
-        axes[curve == "pr"].plot(own.x, own.y, color=colours[method], label=method)
+        axes[int(curve == "pr")].plot(own.x, own.y, color=colours[method], label=method)
     axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":", label="chance")
     axes[0].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall")

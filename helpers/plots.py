@@ -297,6 +297,7 @@ def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
             annot_kws={"fontsize": 7},
         )  # fmt: skip
         axis.set(title=method, xlabel="layer", ylabel="block")
+        axis.tick_params(axis="y", rotation=0)
         axis.label_outer()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -15,18 +15,11 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 # In order, with what `make run` changes in them beside the folders.
-NOTEBOOKS = {
-    "setup_finetune": {},
-    "finetune_lora": {"seeds": [0, 1, 2]},
-    "benchmark": {
-        "model_path": "{output}/models/head_only_example_example_seed0/model_final.safetensors"
-    },
-}
+NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}}
 FOLDERS = {
     "output_path": "models",
     "history_path": "training_history",
     "figures_path": "figures",
-    "results_path": "benchmark_results",
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,13 +48,7 @@ def run_notebook(name: str, output: Path, parameters: dict) -> float:
 
 def parameters_below(name: str, output: Path) -> dict:
     """What `make run` passes to a notebook: its own changes, and folders below `output`."""
-    offered = papermill.inspect_notebook(ROOT / f"{name}.ipynb")
-    folders = {key: str(output / folder) for key, folder in FOLDERS.items() if key in offered}
-    own = {
-        key: value.format(output=output) if isinstance(value, str) else value
-        for key, value in NOTEBOOKS[name].items()
-    }
-    return folders | own
+    return {key: str(output / folder) for key, folder in FOLDERS.items()} | NOTEBOOKS[name]
 
 
 def render(notebook: Path, page: Path) -> None:

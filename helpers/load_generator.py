@@ -317,7 +317,7 @@ def find_server_rate(system: System, start_qps: float) -> pd.DataFrame:
 
     Returns:
         One row per rate tried, in order; the answer is the fastest row with `within_bound`, and
-        there is none if even start_qps / 16 is too fast.
+        there is none if even start_qps / 4 is too fast.
     """
     rows: list[dict] = []
 
@@ -332,7 +332,7 @@ def find_server_rate(system: System, start_qps: float) -> pd.DataFrame:
     else:
         while not holds(low := high / 2):
             high = low
-            if low < start_qps / 16:
+            if low <= start_qps / 4:
                 return pd.DataFrame(rows)
     for _ in range(system.settings.bisections):
         middle = (low + high) / 2

@@ -156,7 +156,7 @@ def test_a_failing_model_is_counted_and_loadgen_ends():
     assert row["errors"] == row["queries"] and not row["within_bound"]
 
 
-@pytest.mark.parametrize("start", [10, 90, 1000])
+@pytest.mark.parametrize("start", [10, 90, 400])
 def test_the_search_doubles_and_bisects_to_the_highest_rate(start, monkeypatch):
     def run(system, scenario, rate, **options):
         return {"target_qps": rate, "within_bound": rate <= 130}
@@ -175,7 +175,7 @@ def test_the_search_gives_up_where_nothing_holds(monkeypatch):
         lambda system, scenario, rate: {"target_qps": rate, "within_bound": False},
     )
     table = load_generator.find_server_rate(System([], CHIPS, LoadSettings(seconds=1)), 16)
-    assert not table.within_bound.any() and table.target_qps.min() < 1
+    assert not table.within_bound.any() and table.target_qps.min() == 16 / 4
 
 
 @pytest.mark.parametrize(

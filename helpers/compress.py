@@ -246,8 +246,13 @@ def _onnx_int8_static(source: Source) -> Variant:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        # Products of two activations (attention) lose too much in one scale for all.
-        extra_options={"MatMulConstBOnly": True},
+        extra_options={
+            # Products of two activations (attention) lose too much in one scale for all.
+            "MatMulConstBOnly": True,
+            # Quantized outputs make ONNX Runtime 1.31 fuse a kernel that computes something else
+            # (QDQSelectorActionTransformer; the unoptimised graph is right).
+            "OpTypesToExcludeOutputQuantization": ["MatMul"],
+        },
     )
     made = f"int8 QDQ, calibrated on {len(np.concatenate(source.calibration))} training chips"
     return _onnx_variant(source, "onnx_int8_static", made, "int8")

@@ -28,7 +28,7 @@ TOLERANCE = {
     "int8_weights": 5e-2,
     "int8_dynamic": 1e-1,
     "onnx_int8_dynamic": 2e-1,
-    "onnx_int8_static": 3e-1,
+    "onnx_int8_static": 2e-1,
     "openvino_int8": 2e-1,
     "openvino_int4_weights": 5e-1,
 }

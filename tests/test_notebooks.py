@@ -63,6 +63,7 @@ def test_the_committed_notebook_is_executed_clean_and_small(name):
         output.output_type != "error" and output.get("name") != "stderr" for output in outputs
     )
     assert (ROOT / f"{name}.ipynb").stat().st_size < 1_500_000
+    assert "papermill" not in read(name).metadata, "its notes hold paths of the machine"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

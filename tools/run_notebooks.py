@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
@@ -43,7 +44,16 @@ def run_notebook(name: str, output: Path, parameters: dict) -> float:
         )
     except PapermillExecutionError as error:
         sys.exit(f"error: {name}.ipynb failed: {error.ename}: {error.evalue} (see {output})")
+    forget_papermill(output)
     return time.perf_counter() - start
+
+
+def forget_papermill(notebook: Path) -> None:
+    """Remove papermill's notes on the run, which hold paths of this machine and times."""
+    content = nbformat.read(notebook, as_version=4)
+    for part in [content, *content.cells]:
+        part.metadata.pop("papermill", None)
+    nbformat.write(content, notebook)
 
 
 def parameters_below(name: str, output: Path) -> dict:

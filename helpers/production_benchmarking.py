@@ -201,7 +201,8 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     return Bench(
         config,
         name,
-        f"{provenance['backbone']}, {classifier.config.image_size} px, data {provenance['data']}",
+        f"{provenance['backbone']}, {classifier.config.image_size} px, "
+        f"data {Path(config.data_path).name}",
         source,
         data,
         test[0].numpy(),

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from helpers.adapters import METHODS
 from helpers.finetune import new_accelerator, train, training_setup
 from helpers.load_data import ChipData
 from helpers.metrics import mcnemar, paired_difference, reliability
-from helpers.model import METHODS
 from helpers.runs import Run, RunConfig, save_run
 
 

@@ -27,15 +27,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from helpers.adapters import AdapterSettings, add_adapter, merge_adapter, save_adapter
 from helpers.fit import ChipExamples, FitSettings, fit
-from helpers.model import (
-    AdapterSettings,
-    Classifier,
-    add_adapter,
-    export_onnx,
-    merge_adapter,
-    save_adapter,
-)
+from helpers.model import Classifier, export_onnx
 from helpers.records import written_whole
 from helpers.runtimes import Variant, block_layers
 

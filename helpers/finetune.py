@@ -18,6 +18,13 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor, nn
 
+from helpers.adapters import (
+    AdapterSettings,
+    adapter_parameters,
+    add_adapter,
+    merge_adapter,
+    transfer_adapter,
+)
 from helpers.console import run_command
 from helpers.features import (
     DIHEDRAL_VIEWS,
@@ -40,16 +47,11 @@ from helpers.model import (
     HEAD_INPUTS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    AdapterSettings,
     Classifier,
     ClassifierConfig,
-    adapter_parameters,
-    add_adapter,
     count_parameters,
     create_classifier,
     head_columns,
-    merge_adapter,
-    transfer_adapter,
     weights_digest,
 )
 from helpers.runs import (

@@ -13,6 +13,7 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from helpers import InputError
+from helpers.adapters import METHODS, save_adapter
 from helpers.features import (
     colour_statistics,
     logistic_probe,
@@ -22,14 +23,7 @@ from helpers.fit import (
 )
 from helpers.load_data import SPLITS, ChipData, DataConfig
 from helpers.metrics import METRICS, evaluate, majority_probabilities
-from helpers.model import (
-    HEAD_INPUTS,
-    METHODS,
-    Classifier,
-    backbone_label,
-    save_adapter,
-    save_classifier,
-)
+from helpers.model import HEAD_INPUTS, Classifier, backbone_label, save_classifier
 from helpers.records import environment, write_json, written_whole
 
 

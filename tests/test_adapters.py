@@ -9,15 +9,23 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helpers import InputError
-from helpers import model as module
-from helpers.model import AdapterSettings, Classifier, ClassifierConfig
+from helpers import adapters as module
+from helpers.adapters import AdapterSettings
+from helpers.model import (
+    Classifier,
+    ClassifierConfig,
+    count_parameters,
+    create_classifier,
+    load_classifier,
+    module_tree,
+)
 
 CONFIG = ClassifierConfig("example", "pretrained", 28, (0, 1, 2), ("a", "b"), "cls+mean")
 
 
 def fresh():
     torch.manual_seed(0)
-    return module.create_classifier(CONFIG)
+    return create_classifier(CONFIG)
 
 
 def adapted(seed=0, **settings):
@@ -55,7 +63,7 @@ def test_the_reference_shape_has_the_published_number_of_parameters():
             parts = module.adapter_parameters(model)
             assert (parts["lora"], parts["head"]) == (393_216, 2_050)
             assert parts["magnitude"] == (73_728 if dora else 0)
-            trainable = module.count_parameters(model)["trainable"]
+            trainable = count_parameters(model)["trainable"]
             assert trainable == sum(parts.values())
     qkv = model.get_base_model().backbone.blocks[23].attn.qkv
     assert qkv.lora_A["default"].weight.shape == (4, 1024)
@@ -63,7 +71,7 @@ def test_the_reference_shape_has_the_published_number_of_parameters():
     head = model.get_base_model().linear_head
     assert type(head).__name__ == "ModulesToSaveWrapper"
     assert head.modules_to_save["default"].weight.shape == (2, 1024)
-    assert "24 x Block(" in module.module_tree(model)
+    assert "24 x Block(" in module_tree(model)
 
 
 def test_a_new_lora_changes_nothing_yet():
@@ -103,7 +111,7 @@ def test_saved_loaded_merged_and_unmerged_agree(model, tmp_path):
     assert type(merged) is Classifier
     assert (logits(merged) - expected).abs().max() < 1e-5
     path = module.save_classifier(merged, tmp_path / "model.safetensors", {})
-    assert torch.equal(logits(module.load_classifier(path)[0]), logits(merged))
+    assert torch.equal(logits(load_classifier(path)[0]), logits(merged))
     assert (expected - logits(fresh())).abs().max() > 1e-3, "the adapter must do something"
 
 

@@ -51,6 +51,18 @@ def evaluate(
     return table.rename_axis("metric")
 
 
+def metric_columns(
+    targets: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...], seed: int = 0
+) -> dict[str, float]:
+    """Some of `evaluate`'s metrics as one table row: `<name>`, `<name>_low`, `<name>_high`."""
+    table = evaluate(targets, probabilities, seed=seed)
+    return {
+        name if column == "value" else f"{name}_{column}": table.loc[name, column]
+        for name in names
+        for column in ("value", "low", "high")
+    }
+
+
 def bootstrap_metrics(
     targets: np.ndarray, probabilities: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from helpers.console import run_command
 from helpers.features import colour_statistics, logistic_probe
 from helpers.finetune import new_classifier, split_features
 from helpers.load_data import ChipData, DataConfig
-from helpers.metrics import evaluate
+from helpers.metrics import metric_columns
 from helpers.model import head_columns
 from helpers.runs import RunConfig
 
@@ -96,12 +96,7 @@ def probe(config: ProbeConfig, data: ChipData) -> pd.DataFrame:
 
     rows = []
     for (features, method), probabilities in predictions.items():
-        metrics = evaluate(truth, probabilities)
-        numbers = {
-            name if column == "value" else f"{name}_{column}": metrics.loc[name, column]
-            for name in _SHOWN
-            for column in ("value", "low", "high")
-        }
+        numbers = metric_columns(truth, probabilities, _SHOWN)
         rows.append({"features": features, "probe": method} | numbers)
     return pd.DataFrame(rows)
 

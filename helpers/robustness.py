@@ -1,0 +1,194 @@
+"""Where a classifier is right, and what it reads: accuracy by place, and a check for shortcuts.
+
+A shortcut (Geirhos et al. 2020, arXiv:2004.07780) is a cue that tells the classes apart in this
+data set and nowhere else. In overhead imagery the usual one is the acquisition: where the classes
+come from different passes, haze, sharpness and brightness can stand in for what is on the ground.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from helpers.features import batches, logistic_probe
+from helpers.load_data import ChipData, ChipDataset, band_statistics
+from helpers.metrics import metric_columns
+from helpers.model import Classifier, head_columns
+
+_SHOWN = ("accuracy", "auroc")
+_ALONE = "acquisition statistics alone"
+
+
+def accuracy_by_group(predictions: pd.DataFrame, data: ChipData) -> pd.DataFrame:
+    """Test accuracy in every group of the manifest (a place, a scene), the largest first.
+
+    Args:
+        predictions: of a run, with `img_path, target, predicted`.
+        data: what the run was tested on.
+
+    Returns:
+        `group, chips, positives` (share of the last class), `accuracy` with its exact 95 % interval
+        (Clopper and Pearson 1934) `low, high`; no rows where the data have no groups.
+    """
+    groups = data.manifest.set_index("img_path").group.reindex(predictions.img_path).to_numpy()
+    known = predictions.assign(group=groups, right=predictions.predicted == predictions.target)
+    rows = []
+    for group, chips in known[known.group != ""].groupby("group"):
+        interval = binomtest(int(chips.right.sum()), len(chips)).proportion_ci()
+        rows.append(
+            {
+                "group": group,
+                "chips": len(chips),
+                "positives": (chips.target == len(data.classes) - 1).mean(),
+                "accuracy": chips.right.mean(),
+                "low": interval.low,
+                "high": interval.high,
+            }
+        )
+    columns = ["group", "chips", "positives", "accuracy", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.sort_values(["chips", "group"], ascending=[False, True], ignore_index=True)
+
+
+def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Changes that take one cue of the acquisition away; each maps chips (N, bands, S, S) float.
+
+    Blur takes sharpness; grey takes colour; giving every chip the mean and deviation of the
+    training chips, band by band, takes brightness, contrast and colour cast (haze is mostly that).
+    """
+    mean, std = (torch.from_numpy(s)[:, None, None] for s in band_statistics(data, image_size))
+
+    def same_statistics(chips: Tensor) -> Tensor:
+        own_mean = chips.mean(dim=(2, 3), keepdim=True)
+        own_std = chips.std(dim=(2, 3), keepdim=True).clamp_min(1e-6)
+        return (chips - own_mean) / own_std * std.to(chips) + mean.to(chips)
+
+    def blurred(chips: Tensor, sigma: float) -> Tensor:
+        return gaussian_blur(chips, kernel_size=2 * int(3 * sigma) + 1, sigma=sigma)
+
+    return {
+        "as it is": lambda chips: chips,
+        "blurred, sigma 1 px": lambda chips: blurred(chips, 1.0),
+        "blurred, sigma 2 px": lambda chips: blurred(chips, 2.0),
+        "grey": lambda chips: chips.mean(dim=1, keepdim=True).expand_as(chips),
+        "equal mean and deviation": same_statistics,
+        "equal mean and deviation, blurred": lambda c: blurred(same_statistics(c), 2.0),
+    }
+
+
+def acquisition_statistics(dataset: ChipDataset) -> np.ndarray:
+    """How sharp, hazy and bright each chip is, (N, 6), with nothing about what it shows.
+
+    Variance of the Laplacian and mean gradient (sharpness), mean and 10 % quantile of the dark
+    channel (haze: He et al. 2009), mean and deviation of the brightness.
+    """
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    rows = []
+    for chips, _ in batches(dataset, 256):
+        chips = chips.float()
+        grey, dark = chips.mean(dim=1, keepdim=True), chips.amin(dim=1).flatten(1)
+        laplacian = torch.nn.functional.conv2d(grey, kernel).flatten(1)
+        gradient = sum(grey.diff(dim=d).abs().mean(dim=(1, 2, 3)) for d in (2, 3))
+        grey = grey.flatten(1)
+        rows.append(
+            torch.stack(
+                [
+                    laplacian.var(dim=1).log1p(),
+                    gradient,
+                    dark.mean(dim=1),
+                    dark.quantile(0.1, dim=1),
+                    grey.mean(dim=1),
+                    grey.std(dim=1),
+                ],
+                dim=1,
+            )
+        )
+    return torch.cat(rows).numpy()
+
+
+def shortcut_check(
+    classifier: Classifier, data: ChipData, *, device: str = "cpu", train_chips: int = 2000
+) -> pd.DataFrame:
+    """What remains of a classifier when cues of the acquisition are taken away.
+
+    Two questions for each degradation: does the classifier itself still work (`as trained`), and
+    how much do features of equally degraded training chips still tell (`refitted`, a logistic
+    regression on the frozen [CLS, mean patch] features)? And how far do the statistics of the
+    acquisition come alone.
+
+    Args:
+        classifier: for its backbone and head.
+        data: two or more classes.
+        device: where forward passes run.
+        train_chips: at most so many training chips, evenly spaced, for the refitted heads.
+
+    Returns:
+        `chips` (the degradation, or `acquisition statistics alone`), `head`, and value, low and
+        high (95 % bootstrap) of accuracy and AUROC on the test split.
+    """
+    size = classifier.config.image_size
+    train, test = (data.dataset(split, size) for split in ("train", "test"))
+    chosen = np.linspace(0, len(train) - 1, min(train_chips, len(train))).round().astype(int)
+    train_part = torch.utils.data.Subset(train, chosen.tolist())
+    targets, truth = train.targets[chosen].numpy(), test.targets.numpy()
+    classifier = classifier.to(device).eval()
+    predictions = {}
+    for name, change in degradations(data, size).items():
+        (train_features, _), (test_features, own) = (
+            _degraded(classifier, part, change, device) for part in (train_part, test)
+        )
+        predictions[name, "as trained"] = own
+        predictions[name, "refitted"] = logistic_probe(train_features, targets, test_features)
+    predictions[_ALONE, "refitted"] = logistic_probe(
+        acquisition_statistics(train), train.targets.numpy(), acquisition_statistics(test)
+    )
+    rows = []
+    for (chips, head), probabilities in predictions.items():
+        numbers = metric_columns(truth, probabilities, _SHOWN)
+        rows.append({"chips": chips, "head": head} | numbers)
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def _degraded(
+    classifier: Classifier, dataset, change: Callable[[Tensor], Tensor], device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """[CLS, mean patch] features (N, 2 * width) and probabilities (N, classes) of changed chips."""
+    features, probabilities = [], []
+    for chips, _ in batches(dataset, 64):
+        own = classifier.features(change(chips.to(device).float()))
+        columns = head_columns(own, classifier.config.head_input)
+        probabilities.append(classifier.linear_head(columns).softmax(dim=1).cpu())
+        features.append(head_columns(own, "cls+mean").cpu())
+    return torch.cat(features).numpy(), torch.cat(probabilities).double().numpy()
+
+
+def shortcut_sentence(table: pd.DataFrame) -> str:
+    """What a shortcut check says, as Markdown."""
+    rows = table[table["head"] == "refitted"].set_index("chips")
+    whole, alone = rows.loc["as it is"], rows.loc[_ALONE]
+    worst = rows.drop(index=["as it is", _ALONE]).auroc.idxmin()
+    given = (
+        "does give much of the answer away here, and a part of every headline on these data may be "
+        "read from it"
+        if alone.auroc_low > 0.75
+        else "gives little of the answer away here"
+    )
+    left = (
+        "more than the acquisition alone gives, so the features do not live on that cue alone"
+        if rows.auroc_low[worst] > alone.auroc_high
+        else "not clearly more than the acquisition alone gives"
+    )
+    return (
+        f"Sharpness, haze and brightness alone reach an AUROC of **{_interval(alone)}**, the "
+        f"frozen features {_interval(whole)}: the acquisition {given}. Of the degradations, "
+        f"*{worst}* costs a refitted head most: {_interval(rows.loc[worst])} remains, {left}."
+    )
+
+
+def _interval(row) -> str:
+    return f"{row.auroc:.3f} [{row.auroc_low:.3f}, {row.auroc_high:.3f}]"

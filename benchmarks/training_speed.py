@@ -3,13 +3,15 @@
     python -m benchmarks.training_speed [--rounds 6] [--steps 4]
 
 The plain loop is the usual notebook's: fp32, one process that decodes and resizes the images of
-every batch, the loss fetched with `.item()` per batch. Both train the same backbone with the same
+every batch, the loss fetched with `.item()` per batch. The project's step runs in every precision
+that the device has, as it is and with `torch.compile`. All train the same backbone with the same
 PEFT adapter, batch and data, with random weights where none are embedded (speed does not depend on
 them). Writes `benchmark_results/training_speed.csv` and `.json`.
 
-The share of the matmul rate is FLOPs per image x images per second / measured rate. The FLOPs of a
-step are counted by torch in the matrix products of forward and backward pass: with frozen weights
-about twice the forward pass (no gradients of frozen weights), plus the small ones of the adapter.
+The share of the matmul rate is FLOPs per image x images per second / measured rate of the loop's
+precision. The FLOPs of a step are counted by torch in the matrix products of forward and backward
+pass: with frozen weights about twice the forward pass (no gradients of frozen weights), plus the
+small ones of the adapter.
 """
 
 import argparse
@@ -25,16 +27,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import InputError
+from helpers.adapters import AdapterSettings, add_adapter
 from helpers.console import progress_bar
 from helpers.features import DIHEDRAL_VIEWS
 from helpers.finetune import new_accelerator, new_classifier, training_setup
 from helpers.load_data import ChipData
 from helpers.machine import machine_limits
-from helpers.model import AdapterSettings, add_adapter
 from helpers.records import environment, write_json, written_whole
 from helpers.runs import RunConfig
 
-CASES = (("example", "pretrained", 98, 32), ("dinov2_vits14", "random", 224, 16))
+# Backbone, weights, pixels, images per step.
+CPU_CASES = (
+    ("example", "pretrained", 98, 32),
+    ("dinov2_vits14", "random", 224, 16),
+    ("dinov2_vitl14", "random", 196, 4),
+)
+GPU_CASES = tuple(
+    ("dinov2_vitl14", "random", size, batch) for size in (196, 224) for batch in (32, 128, 256)
+)
 RESULTS = Path("benchmark_results")
 
 
@@ -58,12 +69,14 @@ def plain_loop(config: RunConfig, data: ChipData) -> Iterator[None]:
             yield
 
 
-def project_loop(config: RunConfig, data: ChipData) -> Iterator[None]:
+def project_loop(config: RunConfig, data: ChipData, compiled: bool) -> Iterator[None]:
     """The same step as `helpers.fit` makes it, on decoded and augmented chips."""
     model, group, examples = training_setup(config, data)
     accelerator = new_accelerator(config)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
     model.train()
+    if compiled:
+        model = torch.compile(model)
     while True:
         rows = torch.randint(len(examples.targets), (config.batch_size,))
         views = torch.randint(DIHEDRAL_VIEWS, rows.shape)
@@ -84,37 +97,58 @@ def step_flops(config: RunConfig, data: ChipData) -> float:
     return counter.get_total_flops() / 2
 
 
-def measure(config: RunConfig, rounds: int, steps: int) -> dict:
-    """Images per second of both loops, in turns; medians over rounds and the ratio per round."""
+def all_loops(config: RunConfig, data: ChipData) -> dict[tuple, Iterator[None]]:
+    """Every loop by (name, precision, compiled), the plain one first."""
+    loops = {("plain", "fp32", False): plain_loop(config, data)}
+    for precision in ("fp32", "bf16"):
+        own = config.model_copy(update={"precision": precision})
+        try:
+            _ = own.mixed_precision
+        except InputError:  # the device has no bf16
+            continue
+        for compiled in (False, True):
+            loops["project", precision, compiled] = project_loop(own, data, compiled)
+    return loops
+
+
+def measure(config: RunConfig, rounds: int, steps: int) -> pd.DataFrame:
+    """Images per second of every loop, in turns; medians over rounds, ratios within rounds."""
     data = config.data()
-    loops = {"plain": plain_loop(config, data), "project": project_loop(config, data)}
-    seconds = {name: [] for name in loops}
+    loops = all_loops(config, data)
+    rates = {key: [] for key in loops}
+    first = {}
     for number in progress_bar(range(rounds + 1), desc=f"{config.backbone} {config.image_size} px"):
-        for name, loop in loops.items():
+        for key, loop in loops.items():
             start = time.perf_counter()
-            for _ in range(steps):
+            for _ in range(steps if number else 1):
                 next(loop)
             if config.torch_device == "cuda":
                 torch.cuda.synchronize()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    rates = {k: steps * config.batch_size / np.array(v) for k, v in seconds.items()}
+            seconds = time.perf_counter() - start
+            if number:
+                rates[key].append(steps * config.batch_size / seconds)
+            else:  # building, compiling and warming up
+                first[key] = seconds
     limits = machine_limits(config.torch_device, torch.get_num_threads())
     flops = step_flops(config, data)
-    peak = "bf16" if config.mixed_precision == "bf16" else "fp32"
-    project = float(np.median(rates["project"]))
-    return {
-        "backbone": config.label,
-        "image_size_px": config.image_size,
-        "batch_size": config.batch_size,
-        "precision": peak,
-        "plain_images_per_second": float(np.median(rates["plain"])),
-        "project_images_per_second": project,
-        "ratio": float(np.median(rates["project"] / rates["plain"])),
-        "gflop_per_image": flops / 1e9,
-        f"matmul_gflop_per_second_{peak}": limits[peak] / 1e9,
-        "share_of_matmul_rate": flops * project / limits[peak],
-    }
+    plain = np.array(next(iter(rates.values())))
+    return pd.DataFrame(
+        {
+            "backbone": config.label,
+            "image_size_px": config.image_size,
+            "batch_size": config.batch_size,
+            "loop": name,
+            "precision": precision,
+            "compiled": compiled,
+            "images_per_second": float(np.median(values)),
+            "ratio_to_plain": float(np.median(np.array(values) / plain)),
+            "gflop_per_image": flops / 1e9,
+            "matmul_gflop_per_second": limits[precision] / 1e9,
+            "share_of_matmul_rate": flops * float(np.median(values)) / limits[precision],
+            "start_s": first[name, precision, compiled],
+        }
+        for (name, precision, compiled), values in rates.items()
+    )
 
 
 def main() -> None:
@@ -123,14 +157,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="turns of each loop")
     parser.add_argument("--steps", type=int, default=4, help="training steps in a turn")
     arguments = parser.parse_args()
-    rows = []
-    for backbone, weights, size, batch in CASES:
+    tables = []
+    for backbone, weights, size, batch in GPU_CASES if torch.cuda.is_available() else CPU_CASES:
         config = RunConfig(
-            method="lora", backbone=backbone, weights=weights, image_size=size, batch_size=batch
+            method="lora",
+            backbone=backbone,
+            weights=weights,
+            image_size=size,
+            batch_size=batch,
+            head_input="cls",
+            precision="fp32",
         )
-        rows.append(measure(config, arguments.rounds, arguments.steps))
-    table = pd.DataFrame(rows)
-    print(table.T.to_string(float_format="{:.3g}".format))
+        tables.append(measure(config, arguments.rounds, arguments.steps))
+        torch.compiler.reset()
+    table = pd.concat(tables, ignore_index=True)
+    print(table.to_string(float_format="{:.3g}".format))
     with written_whole(RESULTS / "training_speed.csv") as part:
         table.to_csv(part, index=False, float_format="%.4g")
     write_json(RESULTS / "training_speed.json", vars(arguments) | {"environment": environment()})

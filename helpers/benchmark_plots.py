@@ -17,6 +17,9 @@ _COLOURS = dict(
 _MARKERS = {"PyTorch": "o", "PyTorch, pruned": "v", "ONNX Runtime": "s", "OpenVINO": "D"}
 
 
+_FAR = 8
+
+
 def _family(variant: str) -> str:
     return _FAMILIES.get(variant.split("_")[0], "PyTorch")
 
@@ -27,13 +30,52 @@ def captioned(table: pd.DataFrame, caption: str, precision: int = 3):
     return numbers.set_caption(caption).set_uuid("table")
 
 
+def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
+    """`measure_quality` as narrow as a page: intervals beside their values."""
+    loss, low, high = (quality[f"accuracy_loss_points{end}"] for end in ("", "_low", "_high"))
+    columns = ["precision", "recall", "f1", "auroc", "max_logit_difference", "agreement"]
+    view = quality[["variant", *columns]].rename(columns={"max_logit_difference": "max Δ logit"})
+    view.insert(1, "accuracy", [
+        f"{r.accuracy:.3f} [{r.accuracy_low:.3f}, {r.accuracy_high:.3f}]"
+        for r in quality.itertuples()
+    ])  # fmt: skip
+    lost = [f"{a:+.2f} [{b:+.2f}, {c:+.2f}]" for a, b, c in zip(loss, low, high, strict=True)]
+    return view.assign(**{"points lost": lost, "gate": quality.passes_gate})
+
+
+def latency_view(latency: pd.DataFrame) -> pd.DataFrame:
+    """`latency_table` with one row per variant: percentiles that the samples carry, speedups."""
+    columns = [name for name in latency if name.endswith("_ms")] + ["speedup"]
+    wide = latency.pivot(index="variant", columns="batch_size", values=columns)
+    wide = wide.loc[latency.variant.unique()].dropna(axis="columns", how="all")
+    wide.columns = [
+        f"{name.removesuffix('_ms')}, {'1 chip' if size == 1 else f'{size} chips'}"
+        for name, size in wide.columns
+    ]
+    return wide.reset_index()
+
+
+def scenario_view(scenarios: pd.DataFrame) -> pd.DataFrame:
+    """`measure_scenarios` as narrow as a page; latencies in ms."""
+    names = {
+        "variant": "variant", "scenario": "scenario", "target_qps": "offered/s",
+        "queries": "queries", "answered_per_second": "images/s", "p50_ms": "p50", "p90_ms": "p90",
+        "p95_ms": "p95", "p99_ms": "p99", "mean_batch": "batch", "refused": "refused",
+        "errors": "errors", "loadgen_valid": "valid",
+    }  # fmt: skip
+    return scenarios[list(names)].rename(columns=names)
+
+
 def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     """Accuracy against latency and against memory; hollow marks fail the gate.
 
-    The line joins what nothing else beats in both; only that and the reference are named.
+    The line joins what nothing else beats in both; only that and the reference are named. What
+    loses more than _FAR points is named in a corner, or the rest would be one line.
     """
     rows = summary[summary.accuracy.notna()]
     reference = rows[rows.variant == REFERENCE].iloc[0]
+    far = rows[rows.accuracy < reference.accuracy - _FAR / 100]
+    rows = rows.drop(index=far.index)
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 4.4), sharey=True)
     panels = (
         ("p50_ms", "median latency of one chip (ms)"),
@@ -55,9 +97,13 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
         _name_points(axis, named[cost], 100 * named.accuracy, named.variant)
         axis.set(xlabel=label, xscale="log")
         _plain_log(axis.xaxis)
-        axis.margins(x=0.15, y=0.15)
+        axis.margins(x=0.2, y=0.25)
     axes[0].set_ylabel("test accuracy (%)")
-    _family_legend(axes[0], rows.variant)
+    _family_legend(axes[1], rows.variant)
+    below = ", ".join(f"{row.variant} {row.accuracy:.1%}" for row in far.itertuples())
+    if below:
+        corner = {"transform": axes[1].transAxes, "fontsize": 8, "ha": "right"}
+        axes[1].text(0.98, 0.02, f"below this panel: {below}", **corner)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
@@ -70,15 +116,11 @@ def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 def _name_points(axis, x, y, names) -> None:
-    for position, (left, height, name) in enumerate(zip(x, y, names, strict=True)):
-        below = position % 2
+    """The reference below its point, others above."""
+    for left, height, name in zip(x, y, names, strict=True):
+        offset = (0, -16 if name == REFERENCE else 9)
         axis.annotate(
-            name,
-            (left, height),
-            xytext=(0, -16 if below else 9),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
+            name, (left, height), xytext=offset, textcoords="offset points", fontsize=8, ha="center"
         )
 
 
@@ -161,7 +203,7 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
         axis.annotate(
             row.variant,
             (row.intensity, row.flops_per_s / 1e9),
-            xytext=(8, -3),
+            xytext=(8, -14 if row.variant == REFERENCE else -3),
             textcoords="offset points",
             fontsize=8,
         )
@@ -187,12 +229,16 @@ def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Fig
     axes[0].set(xlabel="competing processes", ylabel="Offline (images/s)")
     axes[1].bar(server.competing.astype(str), server.p95_ms, color=PALETTE[1])
     axes[1].set(xlabel="competing processes", ylabel="p95 at half the capacity (ms)")
-    processes = scaling.processes.astype(str)
-    axes[2].bar(processes, scaling.images_per_s, color=PALETTE[2])
-    ideal = scaling.images_per_s.iloc[0] * scaling.processes / scaling.processes.iloc[0]
-    axes[2].plot(processes, ideal, "k--o", label="ideal")
-    axes[2].set(xlabel="model processes", ylabel="Offline (images/s)")
-    axes[2].legend(fontsize=8)
+    groups = scaling.groupby("variant", sort=False)
+    for (variant, rows), colour in zip(groups, PALETTE[2:], strict=False):
+        ideal = rows.images_per_s.iloc[0] * rows.processes / rows.processes.iloc[0]
+        axes[2].plot(rows.processes, rows.images_per_s, "o-", color=colour, label=variant)
+        axes[2].plot(rows.processes, ideal, ":", color=colour)
+    axes[2].set(
+        xlabel="model processes (dotted: ideal)", ylabel="Offline (images/s)", ylim=(0, None),
+        xticks=scaling.processes.unique(),
+    )  # fmt: skip
+    axes[2].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure

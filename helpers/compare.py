@@ -27,6 +27,13 @@ class CompareConfig(RunConfig):
         (0.25, 0.5), description="further runs of head_only and lora on a share of the training set"
     )
     ranks: tuple[int, ...] = Field((), description="further runs of lora with these ranks")
+    target_sets: tuple[tuple[str, ...], ...] = Field(
+        (), description="further runs of lora on these sets of layers"
+    )
+    sweep_seeds: int = Field(1, gt=0, description="how many of the seeds ranks and target_sets get")
+    full_seeds: int | None = Field(
+        None, gt=0, description="how many of the seeds full gets, all by default"
+    )
     epochs: int = Field(12, gt=0, description="of lora, dora and full, at most")
     patience: int = Field(4, gt=0, description="epochs of lora, dora, full without improvement")
     batch_size: int = Field(32, gt=0, description="images per step of lora, dora and full")
@@ -61,14 +68,19 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     Raises:
         InputError: as `finetune.train`; runs finished before stay on disk.
     """
-    plan = [config.run(method, seed) for method in config.methods for seed in config.seeds]
+    plan = [config.run(method, seed) for method, seed in method_seeds(config)]
     first = config.seeds[0]
     for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
         own = config.run(method, first, train_fraction=fraction)
         plan.append(own.model_copy(update={"run_name": f"{own.name}_fraction{fraction:g}"}))
-    for rank in config.ranks:
-        own = config.run("lora", first, lora_rank=rank)
-        plan.append(own.model_copy(update={"run_name": f"{own.name}_rank{rank}"}))
+    for seed in config.seeds[: config.sweep_seeds]:
+        for rank in config.ranks:
+            own = config.run("lora", seed, lora_rank=rank)
+            plan.append(own.model_copy(update={"run_name": f"{own.name}_rank{rank}"}))
+        for targets in config.target_sets:
+            own = config.run("lora", seed, lora_targets=targets)
+            name = f"{own.name}_targets-{'-'.join(targets)}"
+            plan.append(own.model_copy(update={"run_name": name}))
     runs = {}
     for number, own in enumerate(plan, start=1):
         start = time.perf_counter()
@@ -81,10 +93,15 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     return runs
 
 
+def method_seeds(config: CompareConfig) -> list[tuple[str, int]]:
+    """Methods and seeds of the main runs, method by method."""
+    few = {"full": config.full_seeds}
+    return [(method, seed) for method in config.methods for seed in config.seeds[: few.get(method)]]
+
+
 def main_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, int], Run]:
     """The runs on all training data with the common rank, by method and seed."""
-    pairs = itertools.product(config.methods, config.seeds)
-    return {(method, seed): runs[config.run(method, seed).name] for method, seed in pairs}
+    return {pair: runs[config.run(*pair).name] for pair in method_seeds(config)}
 
 
 def own_test(run: Run) -> dict[str, dict[str, float]]:
@@ -155,7 +172,7 @@ def test_summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
-    """Every pair of methods on the same test images, seed by seed.
+    """Every pair of methods on the same test images, for every seed that both have.
 
     Returns:
         `first`, `second`, `seed`; `only_first`, `only_second` and `p_value` of McNemar's exact
@@ -164,7 +181,7 @@ def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     rows = []
     methods = dict.fromkeys(method for method, _ in runs)
     for first, second in itertools.combinations(methods, 2):
-        for seed in dict.fromkeys(seed for _, seed in runs):
+        for seed in (seed for method, seed in runs if method == first and (second, seed) in runs):
             tables = [runs[method, seed].predictions for method in (first, second)]
             targets = tables[0].target.to_numpy()
             probabilities = [t.filter(regex="^p_").to_numpy() for t in tables]
@@ -220,14 +237,15 @@ def first_seed(runs: dict[tuple[str, int], Run]) -> dict[str, Run]:
 
 
 def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
-    """One row per run: `method`, `seed`, `rank`, `train_fraction`, `train_chips`, `trainable` and
-    the test metric with its interval."""
+    """One row per run: `method`, `seed`, `rank`, `targets`, `train_fraction`, `train_chips`,
+    `trainable` and the test metric with its interval."""
     return pd.DataFrame(
         {
             "run": name,
             "method": run.record["method"],
             "seed": run.record["config"]["seed"],
             "rank": run.record["config"]["lora_rank"],
+            "targets": "+".join(run.record["config"]["lora_targets"]),
             "train_fraction": run.record["config"]["train_fraction"],
             "train_chips": run.record["chips"]["train"],
             "trainable": run.record["parameters"]["trainable"],

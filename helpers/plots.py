@@ -166,6 +166,40 @@ def intervals(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def accuracy_by_group(table: pd.DataFrame, overall: float, title: str, largest: int = 20) -> Figure:
+    """Test accuracy of the largest groups with exact intervals; the line is that of all chips."""
+    rows = table.head(largest)[::-1]
+    figure, axis = plt.subplots(figsize=(PAGE * 0.75, 1.0 + 0.22 * len(rows)))
+    bars = np.abs(rows[["low", "high"]].to_numpy().T - rows.accuracy.to_numpy())
+    heights = np.arange(len(rows))
+    axis.errorbar(rows.accuracy, heights, xerr=bars, fmt="o", color=PALETTE[0], capsize=2)
+    axis.axvline(overall, color="0.4", linestyle="--", label=f"all test chips: {overall:.3f}")
+    names = [f"{row.group} ({row.chips} chips)" for row in rows.itertuples()]
+    axis.set(yticks=heights, yticklabels=names, xlabel="test accuracy, exact 95 % interval")
+    axis.tick_params(axis="y", labelsize=8)
+    axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
+    """AUROC on degraded test chips with intervals, for the trained and for the refitted head."""
+    names = list(dict.fromkeys(table.chips))[::-1]
+    figure, axis = plt.subplots(figsize=(PAGE * 0.85, 1.2 + 0.4 * len(names)))
+    for number, (head, rows) in enumerate(table.groupby("head", sort=False)):
+        heights = np.array([names.index(name) for name in rows.chips]) + 0.1 - 0.2 * number
+        bars = np.abs(rows[["auroc_low", "auroc_high"]].to_numpy().T - rows.auroc.to_numpy())
+        axis.errorbar(
+            rows.auroc, heights, xerr=bars, fmt="o", color=PALETTE[number], capsize=2, label=head
+        )
+    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="test AUROC, 95 % interval")
+    axis.legend(title="head", fontsize=8, loc="upper left")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
 def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
     """Counts of test chips by true and predicted class."""
     figure, axis = plt.subplots(figsize=(3.2 + 0.4 * len(classes), 2.2 + 0.3 * len(classes)))
@@ -188,9 +222,12 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure
 
 
 def method_colours(methods: list[str]) -> dict[str, tuple]:
-    """The same colour for a method in every figure."""
+    """The same colour for a method in every figure; other names in the palette's order."""
     order = ("head_only", "lora", "dora", "full")
-    return {method: PALETTE[order.index(method)] for method in methods}
+    return {
+        method: PALETTE[order.index(method) if method in order else number]
+        for number, method in enumerate(methods)
+    }
 
 
 def method_curves(histories: pd.DataFrame, title: str) -> Figure:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -25,6 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from helpers import InputError
+from helpers.adapters import load_adapter, merge_adapter
 from helpers.compress import BUILDERS, REFERENCE, Source, build_variants
 from helpers.config import Config
 from helpers.console import run_command
@@ -40,11 +42,11 @@ from helpers.load_generator import (
     under_competition,
 )
 from helpers.machine import cpu_flags, energy_counter, flops_per_image, machine_limits
-from helpers.metrics import bootstrap_metrics, evaluate
-from helpers.model import Classifier, load_adapter, load_classifier, merge_adapter
+from helpers.metrics import bootstrap_metrics, metric_columns
+from helpers.model import Classifier, load_classifier
 from helpers.records import environment, write_json, written_whole
 from helpers.runs import RunConfig
-from helpers.runtimes import Predict, Variant, load, worker_environment
+from helpers.runtimes import Predict, Variant, load, remote, worker_environment
 
 QUALITY = ("accuracy", "precision", "recall", "f1", "auroc")
 _TURN = 5  # timed predictions before the next variant
@@ -77,7 +79,7 @@ class BenchmarkConfig(Config):
         (1, 8, 32), min_length=1, description="chips per prediction, ascending"
     )
     latency_samples: tuple[PositiveInt, ...] = Field(
-        (60, 20, 8), description="timed predictions of every variant, one number per batch size"
+        (60, 10, 5), description="timed predictions of every variant, one number per batch size"
     )
     percentiles: tuple[float, ...] = Field(
         (50.0, 90.0, 95.0), description="of latency; shown where the samples carry them"
@@ -254,19 +256,13 @@ def measure_quality(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
     draws = {name: _accuracy_draws(bench, each) for name, each in logits.items()}
     rows = []
     for name, each in logits.items():
-        metrics = evaluate(bench.targets, _softmax(each), seed=bench.config.seed).loc[list(QUALITY)]
-        row = {"variant": name}
-        for metric, values in metrics.iterrows():
-            row |= {
-                metric: values.value,
-                f"{metric}_low": values.low,
-                f"{metric}_high": values.high,
-            }
+        row = metric_columns(bench.targets, _softmax(each), QUALITY, bench.config.seed)
         loss = 100 * (_accuracy(bench, reference) - _accuracy(bench, each))
         low, high = np.percentile(100 * (draws[REFERENCE] - draws[name]), [2.5, 97.5])
         difference = np.abs(each - reference)
         rows.append(
-            row
+            {"variant": name}
+            | row
             | {
                 "accuracy_loss_points": loss,
                 "accuracy_loss_points_low": low,
@@ -398,7 +394,8 @@ def measure_memory(
         for variant in variants:
             command = [sys.executable, "-m", "helpers.runtimes", "--variant", str(variant.save()),
                        "--chips", str(chips), "--batch_sizes", *sizes,
-                       "--threads", str(bench.threads), "--device", bench.device]  # fmt: skip
+                       "--threads", str(bench.threads), "--device", bench.device,
+                       "--started", str(time.time())]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, env=worker_environment())
             if done.returncode:
                 raise RuntimeError(f"{variant.name} failed in a fresh process:\n{done.stderr}")
@@ -476,10 +473,21 @@ def load_names(bench: Bench, quality: pd.DataFrame, latency: pd.DataFrame) -> tu
     return tuple(dict.fromkeys((REFERENCE, fastest)))
 
 
+@contextmanager
+def served(bench: Bench, variant: Variant) -> Iterator[System]:
+    """A system whose model runs in a process of its own.
+
+    Not in a thread of this one: PyTorch's second pool of OpenMP threads makes them all wait
+    asleep, and eager fp32 took three times as long there on two cores.
+    """
+    with remote(variant, bench.threads, bench.device) as model:
+        yield System([model], bench.chips, bench.config.load_settings)
+
+
 def measure_scenarios(
-    bench: Bench, predicts: dict[str, Predict], names: Sequence[str], progress=print
+    bench: Bench, variants: Sequence[Variant], progress=print
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The four LoadGen scenarios of each named variant.
+    """The four LoadGen scenarios of each variant.
 
     Returns:
         One row per variant and scenario (`variant`, `load_generator.run_scenario`'s columns,
@@ -487,12 +495,12 @@ def measure_scenarios(
         within the bound. And all rates that the searches tried.
     """
     scenarios, searches = [], []
-    for name in names:
-        system = System([predicts[name]], bench.chips, bench.config.load_settings)
-        table, search = all_scenarios(system, bench.config.start_qps, energy_counter())
-        scenarios.append(table.assign(variant=name))
-        searches.append(search.assign(variant=name))
-        progress(f"{name}: {len(search)} rates tried for the Server scenario")
+    for variant in variants:
+        with served(bench, variant) as system:
+            table, search = all_scenarios(system, bench.config.start_qps, energy_counter())
+        scenarios.append(table.assign(variant=variant.name))
+        searches.append(search.assign(variant=variant.name))
+        progress(f"{variant.name}: {len(search)} rates tried for the Server scenario")
     return pd.concat(scenarios, ignore_index=True), pd.concat(searches, ignore_index=True)
 
 
@@ -502,29 +510,37 @@ def offline_rate(scenarios: pd.DataFrame, variant: str) -> float:
     return float(rows.answered_per_second.iloc[0])
 
 
-def measure_load_curve(bench: Bench, predict: Predict, capacity: float) -> pd.DataFrame:
+def measure_load_curve(bench: Bench, variant: Variant, capacity: float) -> pd.DataFrame:
     """Latency against offered load, from light to more than the capacity (images/s)."""
-    system = System([predict], bench.chips, bench.config.load_settings)
-    return load_curve(system, capacity, bench.config.load_fractions)
+    with served(bench, variant) as system:
+        return load_curve(system, capacity, bench.config.load_fractions)
 
 
-def measure_competition(bench: Bench, predict: Predict, capacity: float) -> pd.DataFrame:
+def measure_competition(bench: Bench, variant: Variant, capacity: float) -> pd.DataFrame:
     """Half the capacity offered, and Offline, beside competing CPU-bound processes."""
-    system = System([predict], bench.chips, bench.config.load_settings)
-    return under_competition(system, capacity / 2, capacity, bench.config.competing)
+    with served(bench, variant) as system:
+        return under_competition(system, capacity / 2, capacity, bench.config.competing)
 
 
-def measure_scaling(bench: Bench, variant: Variant) -> pd.DataFrame:
-    """Copies of a model in processes of their own; each has the same share of the cores."""
+def measure_scaling(bench: Bench, variants: Sequence[Variant]) -> pd.DataFrame:
+    """Copies of a model in processes of their own; each has the same share of the cores.
+
+    Returns:
+        `variant` and the columns of `load_generator.scaling`, one row per number of processes.
+    """
     threads = max(1, bench.threads // max(bench.config.processes))
-    return scaling(
-        variant,
-        bench.config.processes,
-        chips=bench.chips,
-        settings=bench.config.load_settings,
-        threads=threads,
-        device=bench.device,
-    )
+    tables = [
+        scaling(
+            variant,
+            bench.config.processes,
+            chips=bench.chips,
+            settings=bench.config.load_settings,
+            threads=threads,
+            device=bench.device,
+        ).assign(variant=variant.name)
+        for variant in variants
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 # --- Decision ------------------------------------------------------------------------------------
@@ -578,17 +594,22 @@ def decide(summary: pd.DataFrame) -> dict[str, str]:
     return winners | {"recommended": recommended}
 
 
-def expectations(summary: pd.DataFrame, decision: dict[str, str]) -> pd.DataFrame:
+def expectations(
+    summary: pd.DataFrame, latency: pd.DataFrame, decision: dict[str, str]
+) -> pd.DataFrame:
     """What compression should buy, as ratios to the reference: expected and measured."""
     rows = summary.set_index("variant")
-    reference, recommended = rows.loc[REFERENCE], rows.loc[decision["recommended"]]
+    name, reference = decision["recommended"], rows.loc[REFERENCE]
+    speedups = latency[latency.variant == name].set_index("batch_size").speedup
     table = [
-        (f"throughput of {decision['recommended']}, relative", "at least 4",
-         recommended.images_per_s / reference.images_per_s, 4.0, math.inf),
-    ]  # fmt: skip
-    if "lora_merged" in rows.index:
-        ratio = rows.p50_ms["lora_merged"] / reference.p50_ms
-        table.append(("latency of merged LoRA, relative", "0.98 to 1.02", ratio, 0.98, 1.02))
+        (f"speed of {name}, {size} chips at once", "at least 4", speedup, 4.0, math.inf)
+        for size, speedup in speedups.items()
+    ]
+    merged = latency[latency.variant == "lora_merged"]
+    if len(merged):
+        ratio = 1 / merged.speedup.median()
+        what = "latency of merged LoRA, median of the batch sizes"
+        table.append((what, "0.98 to 1.02", ratio, 0.98, 1.02))
     for name in rows.index[rows.arithmetic.eq("int8")]:
         ratio = rows.mebibytes_on_disk[name] / reference.mebibytes_on_disk
         table.append((f"file of {name}, relative", "at most 0.27", ratio, 0.0, 0.27))
@@ -598,7 +619,11 @@ def expectations(summary: pd.DataFrame, decision: dict[str, str]) -> pd.DataFram
 
 
 def deployment_sentence(
-    bench: Bench, summary: pd.DataFrame, decision: dict[str, str], scenarios: pd.DataFrame
+    bench: Bench,
+    summary: pd.DataFrame,
+    decision: dict[str, str],
+    scenarios: pd.DataFrame,
+    scaled: pd.DataFrame,
 ) -> str:
     """What a team could paste into its deployment plan."""
     name = decision["recommended"]
@@ -612,6 +637,13 @@ def deployment_sentence(
             f" One process with {bench.threads} threads sustained {answer.target_qps:.0f} Poisson "
             f"queries/s with p99 {answer.p99_ms:.0f} ms (bound {bench.config.latency_bound_ms:g} "
             f"ms, {answer.queries:.0f} queries, nothing refused)."
+        )
+    copies = scaled[scaled.variant == name]
+    if len(copies):
+        best = copies.loc[copies.images_per_s.idxmax()]
+        load += (
+            f" Best layout for throughput: {best.processes} process(es) of {best.threads_each} "
+            f"thread(s) each, {best.images_per_s:.0f} images/s."
         )
     machine = environment()["machine"]
     return (
@@ -699,15 +731,15 @@ def main() -> None:
     limits = machine_limits(bench.device, bench.threads)
     roof = roofline(bench, variants, latency, limits)
     names = load_names(bench, quality, latency)
-    scenarios, search = measure_scenarios(bench, predicts, names)
-    loaded = names[-1]
-    capacity = offline_rate(scenarios, loaded)
-    curve = measure_load_curve(bench, predicts[loaded], capacity)
-    competition = measure_competition(bench, predicts[loaded], capacity)
-    scaled = measure_scaling(bench, by_name[loaded])
+    scenarios, search = measure_scenarios(bench, [by_name[name] for name in names])
+    loaded = by_name[names[-1]]
+    capacity = offline_rate(scenarios, loaded.name)
+    curve = measure_load_curve(bench, loaded, capacity)
+    competition = measure_competition(bench, loaded, capacity)
+    scaled = measure_scaling(bench, [by_name[name] for name in names])
     summary = summarise(bench, built, quality, latency, memory)
     decision = decide(summary)
-    sentence = deployment_sentence(bench, summary, decision, scenarios)
+    sentence = deployment_sentence(bench, summary, decision, scenarios, scaled)
     files = save_results(
         bench,
         {

@@ -14,10 +14,12 @@ from helpers.adapters import AdapterSettings
 from helpers.model import (
     Classifier,
     ClassifierConfig,
+    build_backbone,
     count_parameters,
     create_classifier,
     load_classifier,
     module_tree,
+    save_classifier,
 )
 
 CONFIG = ClassifierConfig("example", "pretrained", 28, (0, 1, 2), ("a", "b"), "cls+mean")
@@ -58,7 +60,7 @@ def test_the_reference_shape_has_the_published_number_of_parameters():
     config = ClassifierConfig("dinov2_vitl14", "random", 196, (0, 1, 2), ("a", "b"))
     with torch.device("meta"):
         for dora in (False, True):
-            classifier = Classifier(config, module.build_backbone("dinov2_vitl14", 196))
+            classifier = Classifier(config, build_backbone("dinov2_vitl14", 196))
             model = module.add_adapter(classifier, AdapterSettings(dora=dora))
             parts = module.adapter_parameters(model)
             assert (parts["lora"], parts["head"]) == (393_216, 2_050)
@@ -110,7 +112,7 @@ def test_saved_loaded_merged_and_unmerged_agree(model, tmp_path):
     merged = module.merge_adapter(module.transfer_adapter(model, fresh()))
     assert type(merged) is Classifier
     assert (logits(merged) - expected).abs().max() < 1e-5
-    path = module.save_classifier(merged, tmp_path / "model.safetensors", {})
+    path = save_classifier(merged, tmp_path / "model.safetensors", {})
     assert torch.equal(logits(load_classifier(path)[0]), logits(merged))
     assert (expected - logits(fresh())).abs().max() > 1e-3, "the adapter must do something"
 

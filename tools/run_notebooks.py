@@ -16,11 +16,14 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 # In order, with what `make run` changes in them beside the folders.
-NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}}
-FOLDERS = {
+NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}, "benchmark": {}}
+# Parameters that name a place, and where `make run` puts it below its output.
+PLACES = {
     "output_path": "models",
     "history_path": "training_history",
     "figures_path": "figures",
+    "results_path": "benchmark_results",
+    "model_path": "models/head_only_example_example_seed0/model_final.safetensors",
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,8 +60,10 @@ def forget_papermill(notebook: Path) -> None:
 
 
 def parameters_below(name: str, output: Path) -> dict:
-    """What `make run` passes to a notebook: its own changes, and folders below `output`."""
-    return {key: str(output / folder) for key, folder in FOLDERS.items()} | NOTEBOOKS[name]
+    """What `make run` passes to a notebook: its own changes, and its places below `output`."""
+    offered = papermill.inspect_notebook(ROOT / f"{name}.ipynb")
+    places = {key: str(output / place) for key, place in PLACES.items() if key in offered}
+    return places | NOTEBOOKS[name]
 
 
 def render(notebook: Path, page: Path) -> None:

@@ -80,7 +80,7 @@ def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None
         figsize=(PAGE, height * len(rows)),
         squeeze=False,
         layout="constrained",
-        dpi=80,  # photographs make large files
+        dpi=70,  # photographs make large files
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis in line:

@@ -25,6 +25,7 @@ def run(model, output, **parameters):
         "competing": [0, 1],
         "latency_bound_ms": 2000.0,
         "max_batch": 2,
+        "threads": 1,
         **{f"{kind}_path": str(output / kind) for kind in ("output", "results", "figures")},
     }
     notebook = output / "benchmark.ipynb"

@@ -52,6 +52,7 @@ def configured(folder, **options):
         "batch_sizes": (1, 4),
         "latency_samples": (6, 5),
         "load_seconds": 0.2,
+        "threads": 1,
     }
     return benchmark.BenchmarkConfig.checked(**given | options)
 
@@ -270,7 +271,7 @@ def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
     for name in ("model_path", "data_path", "output_path", "results_path", "load_seconds"):
         arguments += [f"--{name}", str(getattr(configured(folder), name))]
     arguments += ["--percentiles", "50", "--batch_sizes", "1", "4", "--latency_samples", "6", "5"]
-    arguments += ["--latency_bound_ms", "1000"]
+    arguments += ["--latency_bound_ms", "1000", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["production_benchmarking", *arguments])
     benchmark.main()
     printed = capsys.readouterr().out

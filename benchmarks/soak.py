@@ -6,7 +6,6 @@ memory of that process at the end with the memory after the first minute.
 """
 
 import argparse
-import tempfile
 import threading
 from dataclasses import replace
 
@@ -27,17 +26,16 @@ def main() -> None:
     parser.add_argument("--model_path", default=BenchmarkConfig().model_path)
     parser.add_argument("--variant", choices=BUILDERS, default="openvino_int8")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = BenchmarkConfig.checked(
-            model_path=arguments.model_path,
-            variants=(REFERENCE, arguments.variant),
-            output_path=folder,
-            run_name=f"soak_{arguments.variant}",
-        )
-        bench = open_bench(config)
-        variants, _ = build_variants(bench.source, config.variant_names)
-        with remote(variants[-1], bench.threads) as model:
-            result = soak(bench, model, arguments.minutes)
+    config = BenchmarkConfig.checked(
+        model_path=arguments.model_path,
+        variants=(REFERENCE, arguments.variant),
+        output_path="runs",
+        run_name=f"soak_{arguments.variant}",
+    )
+    bench = open_bench(config)
+    variants, _ = build_variants(bench.source, config.variant_names)
+    with remote(variants[-1], bench.threads) as model:
+        result = soak(bench, model, arguments.minutes)
     print(bench.label)
     for name, value in result.items():
         print(f"{name:24} {value}")

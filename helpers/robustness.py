@@ -137,10 +137,12 @@ def shortcut_check(
     targets, truth = train.targets[chosen].numpy(), test.targets.numpy()
     classifier = classifier.to(device).eval()
     predictions = {}
-    for name, change in degradations(data, size).items():
-        (train_features, _), (test_features, own) = (
-            _degraded(classifier, part, change, device) for part in (train_part, test)
-        )
+    changes = degradations(data, size)
+    of_train, of_test = (
+        _degraded(classifier, part, changes, device) for part in (train_part, test)
+    )
+    for name in changes:
+        (train_features, _), (test_features, own) = of_train[name], of_test[name]
         predictions[name, "as trained"] = own
         predictions[name, "refitted"] = logistic_probe(train_features, targets, test_features)
     predictions[_ALONE, "refitted"] = logistic_probe(
@@ -155,16 +157,24 @@ def shortcut_check(
 
 @torch.inference_mode()
 def _degraded(
-    classifier: Classifier, dataset, change: Callable[[Tensor], Tensor], device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS, mean patch] features (N, 2 * width) and probabilities (N, classes) of changed chips."""
-    features, probabilities = [], []
+    classifier: Classifier, dataset, changes: dict[str, Callable[[Tensor], Tensor]], device: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """[CLS, mean patch] features (N, 2 * width) and probabilities (N, classes) by change.
+
+    Every file is decoded once for all changes.
+    """
+    parts = {name: ([], []) for name in changes}
     for chips, _ in batches(dataset, 64):
-        own = classifier.features(change(chips.to(device).float()))
-        columns = head_columns(own, classifier.config.head_input)
-        probabilities.append(classifier.linear_head(columns).softmax(dim=1).cpu())
-        features.append(head_columns(own, "cls+mean").cpu())
-    return torch.cat(features).numpy(), torch.cat(probabilities).double().numpy()
+        chips = chips.to(device).float()
+        for name, (features, probabilities) in parts.items():
+            own = classifier.features(changes[name](chips))
+            columns = head_columns(own, classifier.config.head_input)
+            probabilities.append(classifier.linear_head(columns).softmax(dim=1).cpu())
+            features.append(head_columns(own, "cls+mean").cpu())
+    return {
+        name: (torch.cat(features).numpy(), torch.cat(probabilities).double().numpy())
+        for name, (features, probabilities) in parts.items()
+    }
 
 
 def shortcut_sentence(table: pd.DataFrame) -> str:

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from helpers import InputError
 from helpers.adapters import METHODS
 from helpers.finetune import new_accelerator, train, training_setup
-from helpers.load_data import ChipData
+from helpers.load_data import ChipData, DataConfig
 from helpers.metrics import mcnemar, paired_difference, reliability
-from helpers.runs import Run, RunConfig, save_run
+from helpers.runs import Run, RunConfig, read_run, save_run
 
 
 class CompareConfig(RunConfig):
@@ -62,12 +63,8 @@ class CompareConfig(RunConfig):
         return run.model_copy(update={"run_name": f"compare_{run.name}"})
 
 
-def compare(config: CompareConfig, report=print) -> dict[str, Run]:
-    """Train, test and save every run of the comparison; return them by name.
-
-    Raises:
-        InputError: as `finetune.train`; runs finished before stay on disk.
-    """
+def planned_runs(config: CompareConfig) -> list[RunConfig]:
+    """Every run of the comparison: methods and seeds, shares of the data, ranks and layers."""
     plan = [config.run(method, seed) for method, seed in method_seeds(config)]
     first = config.seeds[0]
     for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
@@ -81,14 +78,46 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
             own = config.run("lora", seed, lora_targets=targets)
             name = f"{own.name}_targets-{'-'.join(targets)}"
             plan.append(own.model_copy(update={"run_name": name}))
+    return plan
+
+
+def compare(config: CompareConfig, report=print) -> dict[str, Run]:
+    """Train, test and save every run of the comparison; return them by name.
+
+    With `resume`, runs that finished before with the same parameters and data are read.
+
+    Raises:
+        InputError: as `finetune.train`; runs finished before stay on disk.
+    """
+    plan = planned_runs(config)
+    whole = DataConfig.data(config)
     runs = {}
     for number, own in enumerate(plan, start=1):
         start = time.perf_counter()
-        runs[own.name] = train(own, own.data(), report=lambda line: None)
-        save_run(own, runs[own.name])
-        report(
-            f"[{number}/{len(plan)}] {own.name}: best epoch {runs[own.name].record['best_epoch']}, "
-            f"{time.perf_counter() - start:.0f} s"
+        data = own.share(whole)
+        run = read_run(own) if config.resume else None
+        known = run is not None and run.record["data_fingerprint"] == data.fingerprint
+        if not (known and run.classifier):
+            run = train(own, data, report=lambda line: None)
+            save_run(own, run)
+        runs[own.name] = run
+        took = "finished before" if known else f"{time.perf_counter() - start:.0f} s"
+        report(f"[{number}/{len(plan)}] {own.name}: best epoch {run.record['best_epoch']}, {took}")
+    return runs
+
+
+def read_runs(config: CompareConfig) -> dict[str, Run]:
+    """Every run of a comparison from its records, by name; nothing is trained.
+
+    Raises:
+        InputError: a run is not there.
+    """
+    runs = {own.name: read_run(own) for own in planned_runs(config)}
+    missing = [name for name, run in runs.items() if run is None]
+    if missing:
+        raise InputError(
+            f"{config.history_path}: no run {missing[0]} with these parameters "
+            f"({len(missing)} of {len(runs)} missing); train them with finetune_lora.ipynb"
         )
     return runs
 
@@ -109,14 +138,13 @@ def own_test(run: Run) -> dict[str, dict[str, float]]:
     return run.record["test"][run.record["backbone"]]
 
 
-def cost_table(runs: dict[tuple[str, int], Run], config: CompareConfig) -> pd.DataFrame:
+def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     """What each method trains, keeps, needs and takes; one row a method, medians over seeds.
 
-    Bytes and seconds are those measured in the runs; `bytes_to_keep` is what one more task costs
-    on disk beside the backbone: the adapter folder, the head, or a full copy.
+    Bytes and seconds are those measured in the runs; `bytes_to_keep` as in `runs.save_run`.
     """
     rows = []
-    for method in config.methods:
+    for method in dict.fromkeys(method for method, _ in runs):
         own = [run for (name, _), run in runs.items() if name == method]
         histories = [run.history for run in own]
         to_best = [
@@ -127,7 +155,7 @@ def cost_table(runs: dict[tuple[str, int], Run], config: CompareConfig) -> pd.Da
             {
                 "method": method,
                 "trainable_parameters": own[0].record["parameters"]["trainable"],
-                "bytes_to_keep": bytes_to_keep(config.run(method, config.seeds[0]), own[0]),
+                "bytes_to_keep": own[0].record["bytes_to_keep"],
                 "peak_memory_bytes": np.median([h.peak_memory_bytes.max() for h in histories]),
                 "seconds_per_epoch": np.median(np.concatenate([h.seconds for h in histories])),
                 "images_per_second": np.median(
@@ -138,15 +166,6 @@ def cost_table(runs: dict[tuple[str, int], Run], config: CompareConfig) -> pd.Da
             }
         )
     return pd.DataFrame(rows).set_index("method")
-
-
-def bytes_to_keep(config: RunConfig, run: Run) -> int:
-    """Bytes on disk that one more task needs beside the shared backbone."""
-    if run.adapter:
-        return sum(f.stat().st_size for f in (config.folder / "adapter").iterdir())
-    if config.method == "full":
-        return (config.folder / "model_final.safetensors").stat().st_size
-    return sum(p.numel() * p.element_size() for p in run.classifier.linear_head.parameters())
 
 
 def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.DataFrame:
@@ -238,7 +257,7 @@ def first_seed(runs: dict[tuple[str, int], Run]) -> dict[str, Run]:
 
 def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
     """One row per run: `method`, `seed`, `rank`, `targets`, `train_fraction`, `train_chips`,
-    `trainable` and the test metric with its interval."""
+    `trainable_parameters` and the test metric with its interval."""
     return pd.DataFrame(
         {
             "run": name,
@@ -248,11 +267,28 @@ def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
             "targets": "+".join(run.record["config"]["lora_targets"]),
             "train_fraction": run.record["config"]["train_fraction"],
             "train_chips": run.record["chips"]["train"],
-            "trainable": run.record["parameters"]["trainable"],
+            "trainable_parameters": run.record["parameters"]["trainable"],
             **own_test(run)[metric],
         }
         for name, run in runs.items()
     )
+
+
+def by_training_chips(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:
+    """Rows of `sweep_rows` for head_only and lora at every training-set size, first seed."""
+    rows = sweep_rows(runs, metric)
+    common = (rows["rank"] == config.lora_rank) & (rows.targets == "+".join(config.lora_targets))
+    return rows[common & rows.method.isin(["head_only", "lora"]) & (rows.seed == config.seeds[0])]
+
+
+def by_shape(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:
+    """Rows of `sweep_rows` for lora of every rank and set of layers, with all training chips.
+
+    The common shape has no more seeds than the others. `method` names the layers.
+    """
+    rows = sweep_rows(runs, metric).query("method == 'lora' & train_fraction == 1")
+    rows = rows[rows.seed.isin(config.seeds[: config.sweep_seeds])]
+    return rows.assign(method="LoRA on " + rows.targets)
 
 
 def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFrame:
@@ -313,38 +349,82 @@ def full_set_cost(runs: dict[tuple[str, int], Run], chips: int = 1_000_000) -> p
 def pair_sentence(tests: pd.DataFrame, first: str, second: str) -> str:
     """What the paired tests say of two methods, as Markdown; tests as from `paired_tests`."""
     own = tests[(tests["first"] == first) & (tests["second"] == second)]
-    better = int((own.low > 0).sum())
-    worse = int((own.high < 0).sum())
-    seeds = len(own)
-    verdict = (
-        f"better in every run ({seeds} of {seeds} intervals above zero)"
-        if better == seeds
-        else f"worse in every run ({seeds} of {seeds} intervals below zero)"
-        if worse == seeds
-        else f"not clearly different: the interval of the difference is above zero for {better}, "
-        f"below zero for {worse} and on both sides for {seeds - better - worse} of {seeds} seed(s)"
-    )
-    differences = ", ".join(
-        f"{row.auroc_difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples()
-    )
-    decisions = ", ".join(
-        f"{row.only_second} against {row.only_first} (p = {row.p_value:.2g})"
-        for row in own.itertuples()
-    )
+    if own.empty:
+        return f"This run does not compare {second} with {first}."
+    better, worse, seeds = int((own.low > 0).sum()), int((own.high < 0).sum()), len(own)
+    if seeds == 1:
+        row = own.iloc[0]
+        numbers = (
+            f"AUROC {row.auroc_difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]; {second} alone "
+            f"is right on {row.only_second} chips, {first} alone on {row.only_first} "
+            f"(McNemar p = {row.p_value:.2g})"
+        )
+        verdict = "better" if better else "worse" if worse else "not clearly different"
+    else:
+        differences = own.auroc_difference
+        numbers = (
+            f"AUROC {differences.mean():+.3f} on average over {seeds} seeds "
+            f"({differences.min():+.3f} to {differences.max():+.3f}); {second} alone is right on "
+            f"{own.only_second.mean():.0f} chips, {first} alone on {own.only_first.mean():.0f} "
+            f"(McNemar p from {own.p_value.min():.2g} to {own.p_value.max():.2g})"
+        )
+        verdict = (
+            "better with every seed"
+            if better == seeds
+            else "worse with every seed"
+            if worse == seeds
+            else f"better with {better}, worse with {worse} and not clearly different with "
+            f"{seeds - better - worse} of {seeds} seeds"
+        )
     return (
-        f"**{second} against {first}**, on the same test images: AUROC {differences}; chips that "
-        f"only {second} against only {first} has right: {decisions}. By AUROC {second} is "
-        f"{verdict}."
+        f"**{second} against {first}**, on the same test images: {numbers}. By the interval of the "
+        f"AUROC difference {second} is {verdict}."
     )
 
 
 def cost_sentence(costs: pd.DataFrame, first: str, second: str) -> str:
-    """What a method costs relative to another, as Markdown; costs as from `cost_table`."""
-    ratio = costs.loc[second] / costs.loc[first]
+    """What a method costs beside another, as Markdown; costs as from `cost_table`."""
+    if not {first, second} <= set(costs.index):
+        return ""
+    one, two = costs.loc[first], costs.loc[second]
+    ratio = two.seconds_per_epoch / one.seconds_per_epoch
+    cached = " on cached features" if first == "head_only" else ""
     return (
-        f"{second} trains {costs.trainable_parameters[second]:,.0f} parameters "
-        f"({ratio.trainable_parameters:.2f} times {first}'s), keeps "
-        f"{costs.bytes_to_keep[second] / 1e3:,.0f} kB per task, takes "
-        f"{ratio.seconds_per_epoch:.2f} times as long per epoch and "
-        f"{ratio.peak_memory_bytes:.2f} times the peak memory of {first}."
+        f"{second} trains {two.trainable_parameters:,.0f} parameters ({first} "
+        f"{one.trainable_parameters:,.0f}) and keeps {two.bytes_to_keep / 1e3:,.0f} kB per task "
+        f"({one.bytes_to_keep / 1e3:,.0f} kB); an epoch takes {two.seconds_per_epoch:,.3g} s "
+        f"({one.seconds_per_epoch:.3g} s{cached}), {ratio:,.3g} times as long, at a peak of "
+        f"{two.peak_memory_bytes / 1e9:.2f} GB ({one.peak_memory_bytes / 1e9:.2f} GB)."
+    )
+
+
+def adapter_sentence(run: Run, logit_difference: float) -> str:
+    """What a LoRA or DoRA run adds to the classifier and what remains, as Markdown."""
+    parts = run.record["parameters"]
+    return (
+        f"{parts['lora']:,} in the thin matrices beside "
+        f"{', '.join(run.record['config']['lora_targets'])} of every block and {parts['head']:,} "
+        f"in the head, {parts['trainable'] / parts['total']:.2%} of the classifier. After merging, "
+        f"**none remain**: the classifier has its {parts['total']:,} parameters as before, the "
+        f"same speed, and logits that differ by at most {logit_difference:.1e}."
+    )
+
+
+def full_set_sentence(
+    runs: dict[tuple[str, int], Run], bytes_per_chip: int, limit_gb: float
+) -> str:
+    """What ten epochs over a million chips take, as Markdown; see `full_set_cost`."""
+    hours = full_set_cost(runs).hours_per_pass
+    times = ", ".join(
+        f"head_only one pass of {value:.1f} hours"
+        if method == "head_only"
+        else f"ten epochs of {method} about {10 * value:.0f} hours"
+        for method, value in hours.items()
+    )
+    machine = first_seed(runs)[hours.index[-1]].record["environment"]["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"
+    return (
+        f"A million chips decoded to 8 bits take {bytes_per_chip:,} bytes each, "
+        f"{bytes_per_chip / 1e3:.1f} GB in all; above {limit_gb:g} GB they are memory-mapped. Over "
+        f"them, {times}, at the rates of the machine that trained these runs ({where})."
     )

@@ -55,6 +55,7 @@ from helpers.model import (
     weights_digest,
 )
 from helpers.runs import (
+    WITHOUT_EFFECT,
     Run,
     RunConfig,
     finished_run,
@@ -332,8 +333,7 @@ def _chips(config: RunConfig, data: ChipData, split: str) -> ChipExamples:
 
 def _identity(config: RunConfig, data: ChipData, model: Classifier | PeftModel) -> dict:
     """What must be equal for a run to go on from a checkpoint: all that decides its numbers."""
-    places = {"resume", "cache_path", "output_path", "history_path", "figures_path"}
-    return config.model_dump(mode="json", exclude=places | {"data_path", "memory_limit_gb"}) | {
+    return config.model_dump(mode="json", exclude=WITHOUT_EFFECT) | {
         "data_fingerprint": data.fingerprint,
         "weights_digest": weights_digest(model),
     }

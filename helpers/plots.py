@@ -166,16 +166,33 @@ def intervals(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def accuracy_by_group(table: pd.DataFrame, overall: float, title: str, largest: int = 20) -> Figure:
-    """Test accuracy of the largest groups with exact intervals; the line is that of all chips."""
-    rows = table.head(largest)[::-1]
-    figure, axis = plt.subplots(figsize=(PAGE * 0.75, 1.0 + 0.22 * len(rows)))
-    bars = np.abs(rows[["low", "high"]].to_numpy().T - rows.accuracy.to_numpy())
-    heights = np.arange(len(rows))
-    axis.errorbar(rows.accuracy, heights, xerr=bars, fmt="o", color=PALETTE[0], capsize=2)
-    axis.axvline(overall, color="0.4", linestyle="--", label=f"all test chips: {overall:.3f}")
-    names = [f"{row.group} ({row.chips} chips)" for row in rows.itertuples()]
-    axis.set(yticks=heights, yticklabels=names, xlabel="test accuracy, exact 95 % interval")
+def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Figure:
+    """Test accuracy of the largest groups with exact intervals; a line for all groups together.
+
+    Args:
+        table: `method` and the columns of `robustness.accuracy_by_group`.
+        title: names backbone, weights and data.
+        largest: so many groups are shown.
+    """
+    colours = method_colours(list(table.method.unique()))
+    spread = dict(zip(colours, np.linspace(0.15, -0.15, len(colours) + 2)[1:-1], strict=True))
+    sizes = table.groupby("group", sort=False).chips.first().head(largest)[::-1]
+    figure, axis = plt.subplots(
+        figsize=(PAGE * 0.75, 1.0 + (0.18 + 0.05 * len(colours)) * len(sizes))
+    )
+    for method, own in table.groupby("method", sort=False):
+        overall = np.average(own.accuracy, weights=own.chips)
+        rows = own.set_index("group").loc[sizes.index]
+        bars = np.abs(rows[["low", "high"]].to_numpy().T - rows.accuracy.to_numpy())
+        axis.errorbar(
+            rows.accuracy, np.arange(len(rows)) + spread[method], xerr=bars, fmt="o", markersize=4,
+            color=colours[method], capsize=2, label=f"{method}, all groups: {overall:.3f}",
+        )  # fmt: skip
+        axis.axvline(overall, color=colours[method], linestyle="--", linewidth=1)
+    names = [f"{group} ({chips} chips)" for group, chips in sizes.items()]
+    axis.set(
+        yticks=np.arange(len(sizes)), yticklabels=names, xlabel="test accuracy, exact 95 % interval"
+    )
     axis.tick_params(axis="y", labelsize=8)
     axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
@@ -258,29 +275,65 @@ def method_curves(histories: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def against(
-    rows: pd.DataFrame, x: str, labels: tuple[str, str], title: str, lines: bool = False
-) -> Figure:
+def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
     """A test metric with its interval against a column, on a log axis, one colour a method.
 
     Args:
         rows: `method`, `value`, `low`, `high` and the column x.
-        x: name of that column.
-        labels: of the x and the y axis, with units.
+        x: name of that column, with underscores for spaces.
+        metric: what the values are, one of METRIC_NAMES.
         title: names backbone, weights and data.
         lines: whether to join the points of a method.
     """
     figure, axis = plt.subplots(figsize=(PAGE * 0.7, 3.4))
+    _against(axis, rows, x, metric, lines)
+    axis.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None:
     colours = method_colours(list(rows.method.unique()))
     for method, own in rows.groupby("method", sort=False):
         own = own.sort_values(x)
+        # Seeds of one method and place stand side by side.
+        number = own.groupby(x).cumcount() - (own.groupby(x)[x].transform("size") - 1) / 2
         bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
         axis.errorbar(
-            own[x], own.value, bars, fmt="o-" if lines else "o", color=colours[method],
-            capsize=3, label=method,
+            own[x] * 1.06**number, own.value, bars, fmt="o-" if lines else "o", markersize=4,
+            color=colours[method], capsize=2, linewidth=1, label=method,
         )  # fmt: skip
-    axis.set(xscale="log", xlabel=labels[0], ylabel=labels[1], title=title)
+    name = f"test {METRIC_NAMES[metric]}, 95 % interval"
+    axis.set(xscale="log", xlabel=x.replace("_", " "), ylabel=name)
     axis.legend(fontsize=8)
+
+
+def headline(tests: pd.DataFrame, by_size: pd.DataFrame, title: str) -> Figure:
+    """Accuracy and AUROC of every method and seed, and AUROC by number of training chips.
+
+    Args:
+        tests: `method`, `metric` (accuracy, auroc), `value`, `low`, `high`; one row a seed.
+        by_size: `method`, `train_chips`, `value`, `low`, `high` of the AUROC.
+        title: names backbone, weights and data.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE * 1.15, 3.3), width_ratios=(1, 1, 1.25))
+    methods = list(tests.method.unique())
+    colours = method_colours(methods)
+    for axis, metric in zip(axes, ("accuracy", "auroc"), strict=False):
+        for place, method in enumerate(methods):
+            own = tests[(tests.method == method) & (tests.metric == metric)]
+            offsets = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0]
+            bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
+            axis.errorbar(
+                place + np.asarray(offsets), own.value, bars, fmt="o", markersize=4,
+                color=colours[method], capsize=2, linewidth=1,
+            )  # fmt: skip
+        axis.set_xticks(range(len(methods)), [m.replace("_", "\n") for m in methods])
+        axis.set(
+            ylabel=f"test {METRIC_NAMES[metric]}, 95 % interval", xlim=(-0.6, len(methods) - 0.4)
+        )
+    _against(axes[2], by_size, "train_chips", "auroc", lines=True)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
 

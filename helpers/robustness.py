@@ -23,19 +23,18 @@ _SHOWN = ("accuracy", "auroc")
 _ALONE = "acquisition statistics alone"
 
 
-def accuracy_by_group(predictions: pd.DataFrame, data: ChipData) -> pd.DataFrame:
+def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy in every group of the manifest (a place, a scene), the largest first.
 
     Args:
-        predictions: of a run, with `img_path, target, predicted`.
-        data: what the run was tested on.
+        predictions: of a run, with `group, target, predicted` and `p_<class>` for each class.
 
     Returns:
         `group, chips, positives` (share of the last class), `accuracy` with its exact 95 % interval
         (Clopper and Pearson 1934) `low, high`; no rows where the data have no groups.
     """
-    groups = data.manifest.set_index("img_path").group.reindex(predictions.img_path).to_numpy()
-    known = predictions.assign(group=groups, right=predictions.predicted == predictions.target)
+    known = predictions.assign(right=predictions.predicted == predictions.target)
+    last = predictions.columns.str.startswith("p_").sum() - 1
     rows = []
     for group, chips in known[known.group != ""].groupby("group"):
         interval = binomtest(int(chips.right.sum()), len(chips)).proportion_ci()
@@ -43,7 +42,7 @@ def accuracy_by_group(predictions: pd.DataFrame, data: ChipData) -> pd.DataFrame
             {
                 "group": group,
                 "chips": len(chips),
-                "positives": (chips.target == len(data.classes) - 1).mean(),
+                "positives": (chips.target == last).mean(),
                 "accuracy": chips.right.mean(),
                 "low": interval.low,
                 "high": interval.high,
@@ -195,7 +194,7 @@ def shortcut_sentence(table: pd.DataFrame) -> str:
     )
     return (
         f"Sharpness, haze and brightness alone reach an AUROC of **{_interval(alone)}**, the "
-        f"frozen features {_interval(whole)}: the acquisition {given}. Of the degradations, "
+        f"backbone's features {_interval(whole)}: the acquisition {given}. Of the degradations, "
         f"*{worst}* costs a refitted head most: {_interval(rows.loc[worst])} remains, {left}."
     )
 

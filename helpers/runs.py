@@ -1,5 +1,6 @@
 """A training run: its parameters, what it leaves behind, and tables made from that alone."""
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,18 +14,31 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from helpers import InputError
-from helpers.adapters import METHODS, save_adapter
-from helpers.features import (
-    colour_statistics,
-    logistic_probe,
-)
-from helpers.fit import (
-    Progress,
-)
+from helpers.adapters import METHODS, load_adapter, save_adapter
+from helpers.features import colour_statistics, logistic_probe
+from helpers.fit import Progress
 from helpers.load_data import SPLITS, ChipData, DataConfig
 from helpers.metrics import METRICS, evaluate, majority_probabilities
-from helpers.model import HEAD_INPUTS, Classifier, backbone_label, save_classifier
+from helpers.model import (
+    HEAD_INPUTS,
+    Classifier,
+    backbone_label,
+    load_classifier,
+    save_classifier,
+)
 from helpers.records import environment, write_json, written_whole
+
+# The tables of a run, and how the names of their files end.
+_TABLES = {"history": "", "candidates": "_candidates", "predictions": "_predictions"}
+# Parameters that do not change what a run computes.
+WITHOUT_EFFECT = {
+    "resume",
+    "data_path",
+    "cache_path",
+    "output_path",
+    "history_path",
+    "memory_limit_gb",
+}
 
 
 class RunConfig(DataConfig):
@@ -136,7 +150,10 @@ class RunConfig(DataConfig):
 
         A smaller fraction is a subset of a larger one with the same seed. Raises as `load_data`.
         """
-        data = super().data()
+        return self.share(super().data())
+
+    def share(self, data: ChipData) -> ChipData:
+        """The same chips with `train_fraction` of the training chips of each class."""
         rows = data.manifest[data.manifest.split == "train"].sample(frac=1, random_state=self.seed)
         rank = rows.groupby("target").cumcount()
         size = rows.groupby("target").target.transform("size")
@@ -155,16 +172,17 @@ class Run:
     """A finished training run.
 
     Args:
-        classifier: holds the weights of the best epoch, an adapter merged into them.
+        classifier: holds the weights of the best epoch, an adapter merged into them; None for a
+            run read from its records alone.
         adapter: the same unmerged, for lora and dora.
         history: one row per epoch of the chosen candidate (`fit.HISTORY_COLUMNS`).
         candidates: one row per candidate of the sweep.
-        predictions: one row per test chip: img_path, label, target, predicted and the
+        predictions: one row per test chip: img_path, group, label, target, predicted and the
             probability of each class, `p_<class>`.
         record: what the run's JSON holds.
     """
 
-    classifier: Classifier
+    classifier: Classifier | None
     adapter: PeftModel | None
     history: pd.DataFrame
     candidates: pd.DataFrame
@@ -218,7 +236,7 @@ def finished_run(
         ).tolist(),
         "environment": environment(),
     }
-    predictions = test[["img_path", "label", "target"]].assign(
+    predictions = test[["img_path", "group", "label", "target"]].assign(
         predicted=probabilities.argmax(dim=1).numpy(),
         **{f"p_{name}": probabilities[:, i].numpy() for i, name in enumerate(data.classes)},
     )
@@ -227,19 +245,70 @@ def finished_run(
 
 
 def save_run(config: RunConfig, run: Run) -> list[Path]:
-    """Write the classifier, history, sweep, predictions and record; return the files."""
-    history_path = Path(config.history_path)
-    tables = {"": run.history, "_candidates": run.candidates, "_predictions": run.predictions}
+    """Write the classifier, history, sweep, predictions and record; return the files.
+
+    The record gains `bytes_to_keep`: what one more task needs on disk beside the shared backbone,
+    which is the adapter folder, the head's numbers, or a full copy.
+    """
     files = [save_classifier(run.classifier, config.folder / "model_final.safetensors", run.record)]
     if run.adapter:
         files.append(save_adapter(run.adapter, config.folder / "adapter"))
-    for suffix, table in tables.items():
-        files.append(history_path / f"{config.name}{suffix}.csv")
+        kept = sum(file.stat().st_size for file in files[-1].iterdir())
+    elif config.method == "full":
+        kept = files[-1].stat().st_size
+    else:
+        kept = sum(p.nbytes for p in run.classifier.linear_head.parameters())
+    run.record["bytes_to_keep"] = kept
+    for name, suffix in _TABLES.items():
+        files.append(_record_file(config, f"{suffix}.csv"))
         with written_whole(files[-1]) as part:
-            table.to_csv(part, index=False, float_format="%.6g")
-    files.append(history_path / f"{config.name}.json")
+            # Nine digits hold a 32-bit number exactly: a run that is read is the run that was.
+            getattr(run, name).to_csv(part, index=False, float_format="%.9g")
+    files.append(_record_file(config, ".json"))
     write_json(files[-1], run.record)
     return files
+
+
+def read_run(config: RunConfig) -> Run | None:
+    """A run that `save_run` wrote, or None where none has these parameters.
+
+    Classifier and adapter are None where the files of the weights are not there: records are
+    published more often than weights.
+
+    Raises:
+        InputError: a file of the weights is damaged, or a table of the record is missing.
+    """
+    record_file = _record_file(config, ".json")
+    if not record_file.is_file():
+        return None
+    record = json.loads(record_file.read_text())
+    parameters = config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    if any(record["config"].get(name) != value for name, value in parameters.items()):
+        return None
+    try:
+        tables = {
+            name: pd.read_csv(
+                _record_file(config, f"{suffix}.csv"),
+                dtype=dict.fromkeys(("img_path", "group", "label"), str),
+                keep_default_na=name != "predictions",
+            )
+            for name, suffix in _TABLES.items()
+        }
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename} is missing beside {record_file}; run it again"
+        ) from error
+    weights, adapter = config.folder / "model_final.safetensors", config.folder / "adapter"
+    return Run(
+        classifier=load_classifier(weights)[0] if weights.is_file() else None,
+        adapter=load_adapter(adapter) if adapter.is_dir() else None,
+        record=record,
+        **tables,
+    )
+
+
+def _record_file(config: RunConfig, ending: str) -> Path:
+    return Path(config.history_path) / f"{config.name}{ending}"
 
 
 def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:

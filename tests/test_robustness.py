@@ -28,14 +28,14 @@ def data(config):
 
 def predicted(data, wrong=0):
     """Predictions of the test chips, right but for the first ones."""
-    test = data.manifest[data.manifest.split == "test"][["img_path", "target"]]
+    test = data.manifest[data.manifest.split == "test"][["img_path", "group", "target"]]
     answers = test.target.to_numpy().copy()
     answers[:wrong] = 1 - answers[:wrong]
-    return test.assign(predicted=answers)
+    return test.assign(predicted=answers, p_a=0.5, p_b=0.5)
 
 
 def test_groups_have_their_own_accuracy_and_exact_interval(data):
-    table = robustness.accuracy_by_group(predicted(data, wrong=1), data).set_index("group")
+    table = robustness.accuracy_by_group(predicted(data, wrong=1)).set_index("group")
     assert table.chips.sum() == 2 * COUNTS["test"] and set(table.chips) == {2}
     first = data.manifest[data.manifest.split == "test"].group.iloc[0]
     assert table.accuracy[first] == 0.5
@@ -47,7 +47,7 @@ def test_groups_have_their_own_accuracy_and_exact_interval(data):
 
 def test_data_without_groups_have_no_rows(tmp_path):
     data = RunConfig(data_path=str(split_folders(tmp_path)), image_size=SIZE).data()
-    table = robustness.accuracy_by_group(predicted(data), data)
+    table = robustness.accuracy_by_group(predicted(data))
     assert table.empty and "accuracy" in table
 
 

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lab lint notebooks bench install clean
+.PHONY: help run test lab lint notebooks results harvey bench install clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -44,6 +44,12 @@ lint: $(STAMP) ## ruff on code and notebooks
 
 notebooks: $(STAMP) ## execute the committed notebooks in place, with their defaults
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports --in_place
+
+results: $(STAMP) ## rebuild tables, figures and README from the committed records, without training
+	@$(OFFLINE) $(BIN)/python -m tools.results
+
+harvey: $(STAMP) ## run the notebooks on data/hurricane_harvey, which you unpack there (hours)
+	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports/hurricane_harvey --parameters reports/hurricane_harvey/parameters.yaml
 
 bench: $(STAMP) ## measurements that take minutes and want a quiet machine
 	@$(BIN)/python -m benchmarks.data_scan

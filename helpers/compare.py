@@ -40,6 +40,9 @@ class CompareConfig(RunConfig):
     batch_size: int = Field(32, gt=0, description="images per step of lora, dora and full")
     full_learning_rate: float = Field(1e-4, gt=0, description="of full fine-tuning (AdamW)")
     figures_path: str = Field("figures", description="folder for plots and their tables")
+    show_chips: bool = Field(
+        True, description="draw the chips themselves; False where they may not be published"
+    )
 
     def run(self, method: str, seed: int, **changes) -> RunConfig:
         """Parameters of one run.
@@ -168,6 +171,12 @@ def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
+def accuracy_against_cost(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy rows of `test_rows` with the method's `trainable_parameters`."""
+    accuracy = rows[rows.metric == "accuracy"]
+    return accuracy.merge(costs.trainable_parameters, left_on="method", right_index=True)
+
+
 def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.DataFrame:
     """Test metrics per method, seed and metric, with intervals over the test images."""
     return pd.DataFrame(
@@ -222,14 +231,20 @@ def histories(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
 
 
 def operating_points(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
-    """ROC and precision-recall points of the positive class, first seed of each method.
+    """ROC and precision-recall points, first seed of each method.
+
+    Of the positive class; of more than two classes micro-averaged, each class against the rest.
 
     Returns:
         `method`, `curve` (roc or pr), `x`, `y`.
     """
     tables = []
     for method, run in first_seed(runs).items():
-        targets, scores = run.predictions.target, run.predictions.filter(regex="^p_").iloc[:, 1]
+        scores = run.predictions.filter(regex="^p_").to_numpy()
+        targets = np.eye(scores.shape[1])[run.predictions.target]
+        if scores.shape[1] == 2:
+            targets, scores = targets[:, 1], scores[:, 1]
+        targets, scores = targets.ravel(), scores.ravel()
         false, true, _ = roc_curve(targets, scores)
         precision, recall, _ = precision_recall_curve(targets, scores)
         for curve, x, y in (("roc", false, true), ("pr", recall, precision)):
@@ -351,34 +366,42 @@ def pair_sentence(tests: pd.DataFrame, first: str, second: str) -> str:
     own = tests[(tests["first"] == first) & (tests["second"] == second)]
     if own.empty:
         return f"This run does not compare {second} with {first}."
+    return (
+        f"**{second} against {first}**, on the same test images: {pair_numbers(own)}. By the "
+        f"interval of the AUROC difference {second} is {pair_verdict(own)}."
+    )
+
+
+def pair_numbers(own: pd.DataFrame) -> str:
+    """The numbers of the paired tests of two methods; rows of `paired_tests` of that pair."""
+    first, second = own["first"].iloc[0], own["second"].iloc[0]
+    differences, p_values = own.auroc_difference, own.p_value
+    if len(own) == 1:
+        auroc = f"{differences.iloc[0]:+.3f} [{own.low.iloc[0]:+.3f}, {own.high.iloc[0]:+.3f}]"
+        p_value = f"p = {p_values.iloc[0]:.2g}"
+    else:
+        auroc = (
+            f"{differences.mean():+.3f} on average over {len(own)} seeds "
+            f"({differences.min():+.3f} to {differences.max():+.3f})"
+        )
+        p_value = f"p from {p_values.min():.2g} to {p_values.max():.2g}"
+    return (
+        f"AUROC {auroc}; {second} alone is right on {own.only_second.mean():.0f} chips, {first} "
+        f"alone on {own.only_first.mean():.0f} (McNemar {p_value})"
+    )
+
+
+def pair_verdict(own: pd.DataFrame) -> str:
+    """In words, which side of zero the intervals of the AUROC difference lie on."""
     better, worse, seeds = int((own.low > 0).sum()), int((own.high < 0).sum()), len(own)
     if seeds == 1:
-        row = own.iloc[0]
-        numbers = (
-            f"AUROC {row.auroc_difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]; {second} alone "
-            f"is right on {row.only_second} chips, {first} alone on {row.only_first} "
-            f"(McNemar p = {row.p_value:.2g})"
-        )
-        verdict = "better" if better else "worse" if worse else "not clearly different"
-    else:
-        differences = own.auroc_difference
-        numbers = (
-            f"AUROC {differences.mean():+.3f} on average over {seeds} seeds "
-            f"({differences.min():+.3f} to {differences.max():+.3f}); {second} alone is right on "
-            f"{own.only_second.mean():.0f} chips, {first} alone on {own.only_first.mean():.0f} "
-            f"(McNemar p from {own.p_value.min():.2g} to {own.p_value.max():.2g})"
-        )
-        verdict = (
-            "better with every seed"
-            if better == seeds
-            else "worse with every seed"
-            if worse == seeds
-            else f"better with {better}, worse with {worse} and not clearly different with "
-            f"{seeds - better - worse} of {seeds} seeds"
-        )
+        return "better" if better else "worse" if worse else "not clearly different"
+    if better == seeds or worse == seeds:
+        return f"{'better' if better else 'worse'} with every seed"
+    open_seeds = seeds - better - worse
     return (
-        f"**{second} against {first}**, on the same test images: {numbers}. By the interval of the "
-        f"AUROC difference {second} is {verdict}."
+        f"better with {better}, worse with {worse} and not clearly different with {open_seeds} "
+        f"of {seeds} seeds"
     )
 
 

@@ -165,6 +165,9 @@ class NotebookConfig(RunConfig):
     """Parameters of the training notebooks."""
 
     figures_path: str = Field("figures", description="folder for plots and their tables")
+    show_chips: bool = Field(
+        True, description="draw the chips themselves; False where they may not be published"
+    )
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from helpers.model import (
     save_classifier,
     weights_digest,
 )
+from tests.fake_weights import hub_cache, published_state_dict
 
 RGB = (0, 1, 2)
 CLASSES = ("no_tree", "tree")
@@ -114,41 +115,6 @@ def test_timms_own_resampling_would_not_be_metas(size):
 
 
 # --- Weights in Meta's and timm's layouts --------------------------------------------------------
-
-
-def published_state_dict(width, depth, registers):
-    """Random numbers under the names and shapes of Meta's published checkpoints (MLP models)."""
-    block = {
-        "norm1.weight": (width,),
-        "norm1.bias": (width,),
-        "attn.qkv.weight": (3 * width, width),
-        "attn.qkv.bias": (3 * width,),
-        "attn.proj.weight": (width, width),
-        "attn.proj.bias": (width,),
-        "ls1.gamma": (width,),
-        "norm2.weight": (width,),
-        "norm2.bias": (width,),
-        "mlp.fc1.weight": (4 * width, width),
-        "mlp.fc1.bias": (4 * width,),
-        "mlp.fc2.weight": (width, 4 * width),
-        "mlp.fc2.bias": (width,),
-        "ls2.gamma": (width,),
-    }
-    shapes = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, 1370, width),
-        "mask_token": (1, width),
-        "patch_embed.proj.weight": (width, 3, 14, 14),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    if registers:
-        shapes["register_tokens"] = (1, registers, width)
-    for i in range(depth):
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    generator = torch.Generator().manual_seed(0)
-    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def without(state, key):
@@ -250,12 +216,7 @@ except InputError as error:
 def test_hub_weights_come_from_the_cache_and_are_missed_with_one_clear_error(tmp_path):
     """In a process of its own, since the hub's client reads its environment when imported."""
     source = without(published_state_dict(width=384, depth=12, registers=0), "mask_token")
-    hub = tmp_path / "hub" / "models--timm--vit_small_patch14_dinov2.lvd142m"
-    snapshot = hub / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (hub / "refs").mkdir()
-    (hub / "refs" / "main").write_text("0" * 40)
-    save_file(source, snapshot / "model.safetensors")
+    file = hub_cache(tmp_path / "hub", "vit_small_patch14_dinov2.lvd142m", source)
 
     result = subprocess.run(
         [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "loaded.safetensors")],
@@ -267,7 +228,7 @@ def test_hub_weights_come_from_the_cache_and_are_missed_with_one_clear_error(tmp
     assert result.returncode == 0, result.stderr
 
     from_hub = load_file(tmp_path / "loaded.safetensors")
-    from_file = create_backbone("dinov2_vits14", str(snapshot / "model.safetensors"), 98)
+    from_file = create_backbone("dinov2_vits14", str(file), 98)
     assert torch.equal(from_hub["blocks.11.mlp.fc2.weight"], source["blocks.11.mlp.fc2.weight"])
     assert from_hub.keys() == from_file.state_dict().keys()
     for key, value in from_file.state_dict().items():

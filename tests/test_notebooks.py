@@ -130,14 +130,15 @@ def test_the_stored_outputs_are_what_the_notebook_gives(name, tmp_path):
 
 
 def test_setup_with_other_parameters_on_other_data(tmp_path):
-    """Three classes in split folders, other sizes, one head input given as a single value."""
+    """Four classes in split folders, three kept, other sizes, one head input as a single value."""
     counts = {"train": 12, "valid": 4, "test": 4}
-    split_folders(tmp_path / "data", counts=counts, classes=("a", "b", "c"), size=40)
+    split_folders(tmp_path / "data", counts=counts, classes=("a", "b", "c", "d"), size=40)
     executed = run(
         "setup_finetune",
         tmp_path,
         data_path=str(tmp_path / "data"),
-        classes=["c", "a"],
+        classes=["c", "a", "b"],
+        show_chips=False,
         weights="random",
         image_size=28,
         head_inputs="cls",
@@ -149,11 +150,13 @@ def test_setup_with_other_parameters_on_other_data(tmp_path):
         run_name="other",
     )
     record = json.loads((tmp_path / "history" / "other.json").read_text())
-    assert record["chips"] == {"train": 24, "valid": 8, "test": 8}
-    assert record["classifier"]["classes"] == ["c", "a"]
+    assert record["chips"] == {"train": 36, "valid": 12, "test": 12}
+    assert record["classifier"]["classes"] == ["c", "a", "b"]
     assert len(pd.read_csv(tmp_path / "history" / "other.csv")) == 3
-    assert {p.name for p in (tmp_path / "figures").iterdir()} >= {
-        "model.onnx.png", "setup_chips.png", "setup_token_components.png", "setup_sweep.png",
+    figures = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert not figures & {"setup_chips.png", "setup_errors.png"}  # show_chips is False
+    assert figures >= {
+        "model.onnx.png", "setup_token_components.png", "setup_sweep.png",
         "setup_training_curves.png", "setup_test_metrics.png", "setup_confusion.png",
         "setup_shortcuts.png",
     }  # fmt: skip
@@ -163,8 +166,9 @@ def test_setup_with_other_parameters_on_other_data(tmp_path):
 
 
 def test_lora_with_other_parameters(tmp_path):
-    """All four methods on other layers, sweeps of ranks and layers, two epochs each."""
-    manifest_folder(tmp_path / "data", counts={"train": 12, "valid": 4, "test": 8})
+    """Three classes, all four methods on other layers, sweeps of ranks and layers, two epochs."""
+    counts = {"train": 8, "valid": 4, "test": 6}
+    manifest_folder(tmp_path / "data", counts=counts, classes=("a", "b", "c"))
     executed = run(
         "finetune_lora",
         tmp_path,

@@ -1,6 +1,7 @@
 """Run the notebooks in order through papermill and render them: what `make run` does.
 
-`--in_place` executes the committed notebooks themselves, with their default parameters.
+`--in_place` executes the committed notebooks themselves, with their default parameters;
+`--parameters` names a YAML file with the notebooks to run and what to change in each.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import nbformat
 import papermill
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import read_yaml_file
 from traitlets.config import Config
 
 # In order, with what `make run` changes in them beside the folders.
@@ -59,11 +61,11 @@ def forget_papermill(notebook: Path) -> None:
     nbformat.write(content, notebook)
 
 
-def parameters_below(name: str, output: Path) -> dict:
-    """What `make run` passes to a notebook: its own changes, and its places below `output`."""
+def parameters_below(name: str, output: Path, changes: dict) -> dict:
+    """What a notebook is given: its places below `output`, and the changes of this run."""
     offered = papermill.inspect_notebook(ROOT / f"{name}.ipynb")
     places = {key: str(output / place) for key, place in PLACES.items() if key in offered}
-    return places | NOTEBOOKS[name]
+    return places | changes
 
 
 def render(notebook: Path, page: Path) -> None:
@@ -94,14 +96,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("reports"), help="folder for reports")
     parser.add_argument("--in_place", action="store_true", help="renew the committed notebooks")
+    parser.add_argument("--parameters", type=Path, help="YAML: notebook -> parameters")
     arguments = parser.parse_args()
+    notebooks = NOTEBOOKS
+    if arguments.parameters:
+        notebooks = read_yaml_file(str(arguments.parameters))
+        if unknown := set(notebooks) - set(NOTEBOOKS):
+            parser.error(f"{arguments.parameters}: no notebook {unknown.pop()}.ipynb here")
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     pages = []
-    for number, name in enumerate(NOTEBOOKS, start=1):
-        print(f"[{number}/{len(NOTEBOOKS)}] {name}.ipynb ...", flush=True)
+    for number, (name, changes) in enumerate(notebooks.items(), start=1):
+        print(f"[{number}/{len(notebooks)}] {name}.ipynb ...", flush=True)
         executed = ROOT / f"{name}.ipynb" if arguments.in_place else output / f"{name}.ipynb"
-        parameters = {} if arguments.in_place else parameters_below(name, arguments.output)
+        parameters = {} if arguments.in_place else parameters_below(name, arguments.output, changes)
         seconds = run_notebook(name, executed, parameters)
         pages.append(output / f"{name}.html")
         render(executed, pages[-1])

@@ -1,0 +1,52 @@
+"""Random numbers in the layouts that weights are published in, shared by the tests."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def published_state_dict(width, depth, registers):
+    """Random numbers under the names and shapes of Meta's published checkpoints (MLP models)."""
+    block = {
+        "norm1.weight": (width,),
+        "norm1.bias": (width,),
+        "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,),
+        "attn.proj.weight": (width, width),
+        "attn.proj.bias": (width,),
+        "ls1.gamma": (width,),
+        "norm2.weight": (width,),
+        "norm2.bias": (width,),
+        "mlp.fc1.weight": (4 * width, width),
+        "mlp.fc1.bias": (4 * width,),
+        "mlp.fc2.weight": (width, 4 * width),
+        "mlp.fc2.bias": (width,),
+        "ls2.gamma": (width,),
+    }
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1370, width),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    for i in range(depth):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def hub_cache(root, name, state):
+    """Put a state dict where the hub's client keeps timm's model `name`; return the file."""
+    folder = Path(root) / f"models--timm--{name}"
+    file = folder / "snapshots" / ("0" * 40) / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    save_file(state, file)
+    return file

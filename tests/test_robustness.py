@@ -93,7 +93,10 @@ def test_the_sentence_clears_features_that_know_more_than_the_acquisition():
     rows = [
         ("as it is", "refitted", 0.99, 0.98, 1.0),
         ("blurred, sigma 2 px", "refitted", 0.95, 0.94, 0.96),
+        ("blurred, sigma 2 px", "as trained", 0.70, 0.65, 0.75),
+        ("grey", "as trained", 0.80, 0.75, 0.85),
         ("acquisition statistics alone", "refitted", 0.6, 0.55, 0.65),
     ]
     sentence = robustness.shortcut_sentence(pd.DataFrame(rows, columns=columns))
     assert "gives little" in sentence and "do not live on that cue alone" in sentence
+    assert sentence.endswith("most from *blurred, sigma 2 px*: 0.700 [0.650, 0.750].")

@@ -1,0 +1,51 @@
+"""What the README says is what the committed records say."""
+
+import subprocess
+
+import pytest
+
+from helpers.records import ROOT
+from tools import results
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return results.published()
+
+
+def test_the_readme_says_what_the_records_say(sets):
+    """`make results` would change nothing."""
+    readme = (ROOT / "README.md").read_text()
+    assert results.renew(readme, results.readme_parts(sets)) == readme
+
+
+def test_every_number_of_the_headline_comes_from_the_records(sets):
+    """The table follows its records: another accuracy there is another accuracy here."""
+    own = sets["hurricane_harvey"]
+    before = results.methods_table(own)
+    run = own.runs["full", own.config.seeds[0]]
+    run.record["test"][run.record["backbone"]]["accuracy"]["value"] -= 0.3
+    assert results.methods_table(own) != before
+
+
+def test_every_method_of_the_published_comparison_has_its_seeds(sets):
+    seeds = [method for method, _ in sets["hurricane_harvey"].runs]
+    assert {method: seeds.count(method) for method in seeds} == {
+        "head_only": 5, "lora": 5, "dora": 5, "full": 3,
+    }  # fmt: skip
+
+
+def test_no_chip_of_the_published_data_is_in_the_repository():
+    files = subprocess.run(
+        ["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert files and not [f for f in files if f.endswith((".jpg", ".jpeg", ".tif", ".npy"))]
+    chips = ("setup_chips.png", "setup_errors.png")
+    assert not [f for f in files if f.endswith(chips)]
+
+
+def test_a_part_without_a_place_is_an_error():
+    readme = "a\n<!-- make results: one -->\nold\n<!-- end -->\nz\n"
+    assert results.renew(readme, {"one": "new"}) == readme.replace("old", "new")
+    with pytest.raises(ValueError, match=r"places for \['one'\], results are \['one', 'two'\]"):
+        results.renew(readme, {"one": "new", "two": "newer"})

@@ -182,6 +182,7 @@ def shortcut_sentence(table: pd.DataFrame) -> str:
     whole, alone = rows.loc["as it is"], rows.loc[_ALONE]
     worst = rows.drop(index=["as it is", _ALONE]).auroc.idxmin()
     kept = table[table["head"] == "as trained"].set_index("chips").drop(index="as it is")
+    hardest = kept.auroc.idxmin()
     given = (
         "does give much of the answer away here, and a part of every headline on these data may be "
         "read from it"
@@ -196,9 +197,9 @@ def shortcut_sentence(table: pd.DataFrame) -> str:
     return (
         f"Sharpness, haze and brightness alone reach an AUROC of **{_interval(alone)}**, the "
         f"backbone's features {_interval(whole)}: the acquisition {given}. Of the degradations, "
-        f"*{worst}* costs a refitted head most: {_interval(rows.loc[worst])} remains, {left}. The head as trained, which never saw "
-        f"such chips, suffers most from *{kept.auroc.idxmin()}*: "
-        f"{_interval(kept.loc[kept.auroc.idxmin()])}."
+        f"*{worst}* costs a refitted head most: {_interval(rows.loc[worst])} remains, {left}. "
+        "The head as trained, which never saw such chips, suffers most from "
+        f"*{hardest}*: {_interval(kept.loc[hardest])}."
     )
 
 

@@ -92,6 +92,7 @@ def test_the_sentence_clears_features_that_know_more_than_the_acquisition():
     columns = ["chips", "head", "auroc", "auroc_low", "auroc_high"]
     rows = [
         ("as it is", "refitted", 0.99, 0.98, 1.0),
+        ("as it is", "as trained", 0.99, 0.98, 1.0),
         ("blurred, sigma 2 px", "refitted", 0.95, 0.94, 0.96),
         ("blurred, sigma 2 px", "as trained", 0.70, 0.65, 0.75),
         ("grey", "as trained", 0.80, 0.75, 0.85),

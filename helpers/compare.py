@@ -204,7 +204,8 @@ def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
 
     Returns:
         `first`, `second`, `seed`; `only_first`, `only_second` and `p_value` of McNemar's exact
-        test; `auroc_difference` (second - first) with its paired bootstrap interval `low`, `high`.
+        test; `auroc_difference` (second - first) with its paired bootstrap interval `low`, `high`,
+        and, where the data name groups, `group_low`, `group_high` from drawing whole groups.
     """
     rows = []
     methods = dict.fromkeys(method for method, _ in runs)
@@ -214,12 +215,14 @@ def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
             targets = tables[0].target.to_numpy()
             probabilities = [t.filter(regex="^p_").to_numpy() for t in tables]
             difference = paired_difference(targets, *probabilities, "auroc")
-            rows.append(
-                {"first": first, "second": second, "seed": seed}
-                | mcnemar(targets, *(t.predicted.to_numpy() for t in tables))
-                | {"auroc_difference": difference.pop("value")}
-                | difference
-            )
+            row = {"first": first, "second": second, "seed": seed}
+            row |= mcnemar(targets, *(t.predicted.to_numpy() for t in tables))
+            row |= {"auroc_difference": difference.pop("value")} | difference
+            groups = tables[0].group.to_numpy()
+            if (groups != "").all():
+                drawn = paired_difference(targets, *probabilities, "auroc", groups=groups)
+                row |= {"group_low": drawn["low"], "group_high": drawn["high"]}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -378,12 +381,20 @@ def pair_numbers(own: pd.DataFrame) -> str:
     differences, p_values = own.auroc_difference, own.p_value
     if len(own) == 1:
         auroc = f"{differences.iloc[0]:+.3f} [{own.low.iloc[0]:+.3f}, {own.high.iloc[0]:+.3f}]"
+        if "group_low" in own:
+            low, high = own.group_low.iloc[0], own.group_high.iloc[0]
+            auroc += f" (drawing whole groups [{low:+.3f}, {high:+.3f}])"
         p_value = f"p = {p_values.iloc[0]:.2g}"
     else:
         auroc = (
             f"{differences.mean():+.3f} on average over {len(own)} seeds "
             f"({differences.min():+.3f} to {differences.max():+.3f})"
         )
+        if "group_low" in own:
+            auroc += (
+                f", above zero with {(own.group_low > 0).sum()} and below with "
+                f"{(own.group_high < 0).sum()} of them when whole groups are drawn"
+            )
         p_value = f"p from {p_values.min():.2g} to {p_values.max():.2g}"
     return (
         f"AUROC {auroc}; {second} alone is right on {own.only_second.mean():.0f} chips, {first} "

@@ -24,7 +24,11 @@ _BLOCK = 4_000_000  # weights held at once, 32 MB
 
 
 def evaluate(
-    targets: np.ndarray, probabilities: np.ndarray, resamples: int = 2000, seed: int = 0
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Test metrics with 95 % percentile-bootstrap intervals over the images.
 
@@ -38,12 +42,13 @@ def evaluate(
         probabilities: (N, classes) rows that sum to one.
         resamples: number of bootstrap draws of N images with replacement.
         seed: of the draws; equal seeds draw equal images, which makes comparisons paired.
+        groups: as in `bootstrap_metrics`.
 
     Returns:
         Index `metric` (see METRICS), columns `value`, `low`, `high`.
     """
     values = weighted_metrics(targets, probabilities, np.ones((1, len(targets))))
-    draws = bootstrap_metrics(targets, probabilities, resamples, seed)
+    draws = bootstrap_metrics(targets, probabilities, resamples, seed, groups)
     rows = {
         name: (values[name][0], *np.nanpercentile(draws[name], [2.5, 97.5])) for name in METRICS
     }
@@ -64,20 +69,32 @@ def metric_columns(
 
 
 def bootstrap_metrics(
-    targets: np.ndarray, probabilities: np.ndarray, resamples: int = 2000, seed: int = 0
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Metric name -> its value in every bootstrap resample, shape (resamples,).
+
+    With groups (N,), the name of each image's place or scene, whole groups are drawn instead of
+    images (cluster bootstrap, Field and Welsh 2007): neighbouring chips are not independent, and
+    what is asked is how other places would do.
 
     A resample without both classes has no AUROC; its entry is NaN.
     """
     rng = np.random.default_rng(seed)
     n = len(targets)
+    unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    units = unit.max() + 1
     block = max(1, _BLOCK // n)
     parts = [
         weighted_metrics(
             targets,
             probabilities,
-            rng.multinomial(n, np.full(n, 1 / n), size=min(block, resamples - start)),
+            rng.multinomial(units, np.full(units, 1 / units), size=min(block, resamples - start))[
+                :, unit
+            ],
         )
         for start in range(0, resamples, block)
     ]
@@ -182,6 +199,7 @@ def paired_difference(
     metric: str,
     resamples: int = 2000,
     seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Difference of a metric between two models, second - first, on the same images.
 
@@ -194,13 +212,16 @@ def paired_difference(
         metric: a name in METRICS.
         resamples: number of bootstrap draws.
         seed: of the draws.
+        groups: as in `bootstrap_metrics`.
 
     Returns:
         `value`, and `low` and `high` of the 95 % percentile interval.
     """
     ones = np.ones((1, len(targets)))
     values = [weighted_metrics(targets, p, ones)[metric][0] for p in (first, second)]
-    draws = [bootstrap_metrics(targets, p, resamples, seed)[metric] for p in (first, second)]
+    draws = [
+        bootstrap_metrics(targets, p, resamples, seed, groups)[metric] for p in (first, second)
+    ]
     low, high = np.nanpercentile(draws[1] - draws[0], [2.5, 97.5])
     return {"value": values[1] - values[0], "low": low, "high": high}
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from helpers.features import batches, logistic_probe
 from helpers.load_data import ChipData, ChipDataset, band_statistics
-from helpers.metrics import metric_columns
+from helpers.metrics import evaluate, metric_columns
 from helpers.model import Classifier, head_columns
 
 _SHOWN = ("accuracy", "auroc")
@@ -51,6 +51,24 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
     columns = ["group", "chips", "positives", "accuracy", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     return table.sort_values(["chips", "group"], ascending=[False, True], ignore_index=True)
+
+
+def group_sentence(predictions: pd.DataFrame) -> str:
+    """How sure the accuracy is when whole groups are drawn instead of chips, as Markdown."""
+    if (predictions.group == "").any():
+        return ""
+    targets = predictions.target.to_numpy()
+    probabilities = predictions.filter(regex="^p_").to_numpy()
+    groups = predictions.group.to_numpy()
+    by_chip, by_group = (
+        evaluate(targets, probabilities, groups=g).loc["accuracy"] for g in (None, groups)
+    )
+    return (
+        f"Accuracy {by_chip.value:.3f}. Drawing chips, its 95 % bootstrap interval is "
+        f"[{by_chip.low:.3f}, {by_chip.high:.3f}]; drawing whole groups, of which there are "
+        f"{len(set(groups))}, it is **[{by_group.low:.3f}, {by_group.high:.3f}]**. Chips of one "
+        "place are not independent, so the second says better how other such places would do."
+    )
 
 
 def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:

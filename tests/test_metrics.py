@@ -61,6 +61,21 @@ def test_a_resample_is_the_metric_of_the_drawn_images():
             assert draws[name][i] == pytest.approx(value, abs=1e-12), name
 
 
+def test_groups_are_drawn_whole():
+    """Every image in a group of its own changes nothing; copies in one group add no certainty."""
+    targets, probabilities = fake_predictions(n=60)
+    alone = bootstrap_metrics(targets, probabilities, 20, groups=np.arange(60))
+    for name, values in bootstrap_metrics(targets, probabilities, 20).items():
+        np.testing.assert_array_equal(alone[name], values)
+    copied = [np.repeat(part, 9, axis=0) for part in (targets, probabilities)]
+    groups = np.repeat(np.arange(60).astype(str), 9)
+    wide = evaluate(*copied, groups=groups).loc["accuracy"]
+    narrow, single = evaluate(*copied).loc["accuracy"], evaluate(targets, probabilities)
+    own = single.loc["accuracy"]
+    assert wide.high - wide.low == pytest.approx(own.high - own.low, rel=0.15)
+    assert narrow.high - narrow.low == pytest.approx((own.high - own.low) / 3, rel=0.15)
+
+
 def test_calibration_error_by_hand():
     # Two bins: 0.9 confident and right 1 of 2; 0.6 confident and right 2 of 2.
     probabilities = np.array([[0.1, 0.9], [0.1, 0.9], [0.4, 0.6], [0.6, 0.4]])

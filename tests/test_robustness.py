@@ -51,6 +51,23 @@ def test_data_without_groups_have_no_rows(tmp_path):
     assert table.empty and "accuracy" in table
 
 
+def test_the_group_sentence_gives_the_wider_interval(data):
+    predictions = predicted(data)
+    places = pd.DataFrame({"group": np.repeat(["a", "b", "c", "d"], 10)})
+    places["target"] = np.tile([0, 1], 20)
+    wrong = places.group == "a"  # one place is all wrong
+    places["p_a"] = np.where((places.target == 0) ^ wrong, 0.9, 0.1)
+    places["p_b"] = 1 - places.p_a
+    sentence = robustness.group_sentence(places)
+    assert "Accuracy 0.750." in sentence and "of which there are 4" in sentence
+    by_chip, by_group = (
+        [float(n) for n in part.split("[")[1].split("]")[0].split(", ")]
+        for part in sentence.split("drawing whole groups")
+    )
+    assert by_group[0] < by_chip[0] < by_chip[1] < by_group[1] == 1.0
+    assert robustness.group_sentence(predictions.assign(group="")) == ""
+
+
 def test_each_degradation_takes_its_cue_away(data):
     chips = torch.rand(4, 3, SIZE, SIZE) * 255
     changed = {name: change(chips) for name, change in robustness.degradations(data, SIZE).items()}

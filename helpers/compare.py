@@ -299,6 +299,19 @@ def by_training_chips(runs: dict[str, Run], config: CompareConfig, metric: str) 
     return rows[common & rows.method.isin(["head_only", "lora"]) & (rows.seed == config.seeds[0])]
 
 
+def headline_rows(runs: dict[str, Run], config: CompareConfig) -> pd.DataFrame:
+    """What `plots.headline` draws: `test_rows` of accuracy and AUROC, and AUROC by training chips.
+
+    `panel` says which: methods, or training chips.
+    """
+    tests = test_rows(main_runs(runs, config), ("accuracy", "auroc"))
+    by_size = by_training_chips(runs, config, "auroc").assign(metric="auroc")
+    columns = ["method", "seed", "metric", "train_chips", "value", "low", "high"]
+    return pd.concat(
+        [tests.assign(panel="methods"), by_size[columns].assign(panel="training chips")]
+    )
+
+
 def by_shape(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:
     """Rows of `sweep_rows` for lora of every rank and set of layers, with all training chips.
 
@@ -380,15 +393,15 @@ def pair_numbers(own: pd.DataFrame) -> str:
     first, second = own["first"].iloc[0], own["second"].iloc[0]
     differences, p_values = own.auroc_difference, own.p_value
     if len(own) == 1:
-        auroc = f"{differences.iloc[0]:+.3f} [{own.low.iloc[0]:+.3f}, {own.high.iloc[0]:+.3f}]"
+        auroc = f"{differences.iloc[0]:+.4f} [{own.low.iloc[0]:+.4f}, {own.high.iloc[0]:+.4f}]"
         if "group_low" in own:
             low, high = own.group_low.iloc[0], own.group_high.iloc[0]
-            auroc += f" (drawing whole groups [{low:+.3f}, {high:+.3f}])"
+            auroc += f" (drawing whole groups [{low:+.4f}, {high:+.4f}])"
         p_value = f"p = {p_values.iloc[0]:.2g}"
     else:
         auroc = (
-            f"{differences.mean():+.3f} on average over {len(own)} seeds "
-            f"({differences.min():+.3f} to {differences.max():+.3f})"
+            f"{differences.mean():+.4f} on average over {len(own)} seeds "
+            f"({differences.min():+.4f} to {differences.max():+.4f})"
         )
         if "group_low" in own:
             auroc += (

@@ -175,10 +175,10 @@ def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Fig
         largest: so many groups are shown.
     """
     colours = method_colours(list(table.method.unique()))
-    spread = dict(zip(colours, np.linspace(0.15, -0.15, len(colours) + 2)[1:-1], strict=True))
+    spread = dict(zip(colours, np.linspace(0.4, -0.4, len(colours) + 2)[1:-1], strict=True))
     sizes = table.groupby("group", sort=False).chips.first().head(largest)[::-1]
     figure, axis = plt.subplots(
-        figsize=(PAGE * 0.75, 1.0 + (0.18 + 0.05 * len(colours)) * len(sizes))
+        figsize=(PAGE * 0.75, 1.0 + (0.13 + 0.09 * len(colours)) * len(sizes))
     )
     for method, own in table.groupby("method", sort=False):
         overall = np.average(own.accuracy, weights=own.chips)
@@ -304,18 +304,22 @@ def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None
             color=colours[method], capsize=2, linewidth=1, label=method,
         )  # fmt: skip
     name = f"test {METRIC_NAMES[metric]}, 95 % interval"
-    axis.set(xscale="log", xlabel=x.replace("_", " "), ylabel=name)
+    axis.set(xscale="log", xlabel=x.replace("train_", "training ").replace("_", " "), ylabel=name)
+    if lines:
+        axis.set_xticks(sorted(rows[x].unique()), minor=False)
+        axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.legend(fontsize=8)
 
 
-def headline(tests: pd.DataFrame, by_size: pd.DataFrame, title: str) -> Figure:
+def headline(table: pd.DataFrame, title: str) -> Figure:
     """Accuracy and AUROC of every method and seed, and AUROC by number of training chips.
 
     Args:
-        tests: `method`, `metric` (accuracy, auroc), `value`, `low`, `high`; one row a seed.
-        by_size: `method`, `train_chips`, `value`, `low`, `high` of the AUROC.
+        table: as from `compare.headline_rows`.
         title: names backbone, weights and data.
     """
+    tests, by_size = (table[table.panel == panel] for panel in ("methods", "training chips"))
     figure, axes = plt.subplots(1, 3, figsize=(PAGE * 1.15, 3.3), width_ratios=(1, 1, 1.25))
     methods = list(tests.method.unique())
     colours = method_colours(methods)

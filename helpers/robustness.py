@@ -53,21 +53,28 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["chips", "group"], ascending=[False, True], ignore_index=True)
 
 
+def accuracy_intervals(predictions: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Accuracy as `value, low, high`, first drawing chips, then drawing whole groups."""
+    targets = predictions.target.to_numpy()
+    probabilities = predictions.filter(regex="^p_").to_numpy()
+    by_chip, by_group = (
+        evaluate(targets, probabilities, groups=groups).loc["accuracy"]
+        for groups in (None, predictions.group.to_numpy())
+    )
+    return by_chip, by_group
+
+
 def group_sentence(predictions: pd.DataFrame) -> str:
     """How sure the accuracy is when whole groups are drawn instead of chips, as Markdown."""
     if (predictions.group == "").any():
         return ""
-    targets = predictions.target.to_numpy()
-    probabilities = predictions.filter(regex="^p_").to_numpy()
-    groups = predictions.group.to_numpy()
-    by_chip, by_group = (
-        evaluate(targets, probabilities, groups=g).loc["accuracy"] for g in (None, groups)
-    )
+    by_chip, by_group = accuracy_intervals(predictions)
     return (
         f"Accuracy {by_chip.value:.3f}. Drawing chips, its 95 % bootstrap interval is "
         f"[{by_chip.low:.3f}, {by_chip.high:.3f}]; drawing whole groups, of which there are "
-        f"{len(set(groups))}, it is **[{by_group.low:.3f}, {by_group.high:.3f}]**. Chips of one "
-        "place are not independent, so the second says better how other such places would do."
+        f"{predictions.group.nunique()}, it is "
+        f"**[{by_group.low:.3f}, {by_group.high:.3f}]**. Chips of one place are not independent, so "
+        "the second says better how other such places would do."
     )
 
 

@@ -113,6 +113,11 @@ class RunConfig(DataConfig):
         return backbone_label(self.backbone, self.weights)
 
     @property
+    def title(self) -> str:
+        """Backbone, weights and data, for the titles of figures."""
+        return f"{self.label} on {Path(self.data_path).stem}"
+
+    @property
     def torch_device(self) -> str:
         """`cpu` or `cuda`.
 

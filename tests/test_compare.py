@@ -136,10 +136,10 @@ def differences(*intervals):
 @pytest.mark.parametrize(
     ("intervals", "said"),
     [
-        ([(0.01, 0.03)], ["+0.020 [+0.010, +0.030]", "lora is better."]),
+        ([(0.01, 0.03)], ["+0.0200 [+0.0100, +0.0300]", "lora is better."]),
         ([(-0.01, 0.03)], ["lora is not clearly different."]),
         ([(-0.03, -0.01)], ["lora is worse."]),
-        ([(0.01, 0.03), (0.02, 0.06)], ["+0.030 on average over 2 seeds (+0.020 to +0.040)",
+        ([(0.01, 0.03), (0.02, 0.06)], ["+0.0300 on average over 2 seeds (+0.0200 to +0.0400)",
                                         "lora is better with every seed."]),
         ([(0.01, 0.03), (-0.02, 0.06)], ["better with 1, worse with 0 and not clearly different "
                                          "with 1 of 2 seeds."]),

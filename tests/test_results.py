@@ -2,10 +2,12 @@
 
 import subprocess
 
+import nbformat
 import pytest
 
 from helpers.records import ROOT
 from tools import results
+from tools.run_notebooks import NOTEBOOKS
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,18 @@ def test_every_method_of_the_published_comparison_has_its_seeds(sets):
     assert {method: seeds.count(method) for method in seeds} == {
         "head_only": 5, "lora": 5, "dora": 5, "full": 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_published_notebook_is_executed_clean_and_small(name):
+    path = ROOT / "reports" / "hurricane_harvey" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(output.output_type != "error" for output in outputs)
+    assert path.stat().st_size < 1_500_000 and "papermill" not in notebook.metadata
+    assert str(ROOT) not in path.read_text()
 
 
 def test_no_chip_of_the_published_data_is_in_the_repository():

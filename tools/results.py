@@ -18,7 +18,7 @@ from papermill.iorw import read_yaml_file
 
 from helpers import compare, plots
 from helpers.records import ROOT, written_whole
-from helpers.robustness import accuracy_by_group
+from helpers.robustness import accuracy_by_group, accuracy_intervals
 from helpers.runs import Run
 
 METRICS = ("accuracy", "f1", "auroc", "average_precision", "brier")
@@ -77,11 +77,6 @@ class Published:
         """Paired tests of every two methods."""
         return compare.paired_tests(self.runs)
 
-    @cached_property
-    def title(self) -> str:
-        """Backbone, weights and data, as every figure names them."""
-        return f"{self.config.label} on {self.config.data_path}"
-
     def table(self, name: str) -> pd.DataFrame:
         """One of the committed tables, by its path below the folder."""
         return pd.read_csv(ROOT / self.folder / name)
@@ -117,24 +112,24 @@ def rebuild(own: Published) -> None:
     curves, reliability = compare.operating_points(own.runs), compare.reliability_rows(own.runs)
     by_size = compare.by_training_chips(own.all_runs, own.config, "accuracy")
     drawn = {
-        "lora_curves": (plots.method_curves(histories, own.title), histories),
-        "lora_roc_pr": (plots.operating_curves(curves, f"Test split, {own.title}"), curves),
-        "lora_reliability": (plots.reliability_diagram(reliability, own.title), reliability),
+        "lora_curves": (plots.method_curves(histories, own.config.title), histories),
+        "lora_roc_pr": (plots.operating_curves(curves, f"Test split, {own.config.title}"), curves),
+        "lora_reliability": (plots.reliability_diagram(reliability, own.config.title), reliability),
         "lora_accuracy_parameters": (
-            plots.against(points, "trainable_parameters", "accuracy", own.title),
+            plots.against(points, "trainable_parameters", "accuracy", own.config.title),
             points,
         ),
         "lora_training_chips": (
-            plots.against(by_size, "train_chips", "accuracy", own.title, lines=True),
+            plots.against(by_size, "train_chips", "accuracy", own.config.title, lines=True),
             by_size,
         ),
     }
     if own.config.ranks or own.config.target_sets:
         shapes = compare.by_shape(own.all_runs, own.config, "accuracy")
-        figure = plots.against(shapes, "trainable_parameters", "accuracy", own.title)
+        figure = plots.against(shapes, "trainable_parameters", "accuracy", own.config.title)
         drawn["lora_ranks"] = figure, shapes
-    headline = compare.by_training_chips(own.all_runs, own.config, "auroc")
-    drawn["headline"] = plots.headline(rows, headline, own.title), headline
+    headline = compare.headline_rows(own.all_runs, own.config)
+    drawn["lora_headline"] = plots.headline(headline, own.config.title), headline
     for name, (figure, table) in drawn.items():
         plots.save(figure, figures / f"{name}.png", table)
     tables = {"test": rows, "paired_tests": own.tests, "costs": costs.reset_index()}
@@ -329,7 +324,7 @@ def answers_for(own: Published) -> dict[str, str]:
             f"{parts['head']:,}, {costs.bytes_to_keep['lora'] / 1e3:,.0f} kB per task; nothing "
             f"remains after merging {own.link('finetune_lora', 'What-it-costs')}"
         ),
-        "Is it as good at every place?": worst_place(own),
+        "Is it as good at every place?": place_answer(own),
         "Can it be used on a full data set?": (
             f"A million chips: head-only one pass of {hours['head_only']:.1f} hours, three epochs "
             f"of LoRA {3 * hours['lora']:.0f} hours "
@@ -346,15 +341,22 @@ def answers_for(own: Published) -> dict[str, str]:
     }
 
 
-def worst_place(own: Published) -> str:
-    """How far the accuracy of LoRA falls at the worst of the larger places."""
-    places = accuracy_by_group(own.runs["lora", own.config.seeds[0]].predictions)
+def place_answer(own: Published) -> str:
+    """How sure LoRA's accuracy is over places, and how far it falls at the worst of the larger."""
+    predictions = own.runs["lora", own.config.seeds[0]].predictions
+    by_chip, by_place = accuracy_intervals(predictions)
+    places = accuracy_by_group(predictions)
     large = places[places.chips >= SMALL_PLACE]
-    worst, best = large.loc[large.accuracy.idxmin()], large.loc[large.accuracy.idxmax()]
-    said = interval(worst.rename({"accuracy": "value"}))
+    worst = ""
+    if len(large):
+        row = large.loc[large.accuracy.idxmin()].rename({"accuracy": "value"})
+        worst = (
+            f"; worst of the {len(large)} with {SMALL_PLACE} chips or more: {interval(row)}, best: "
+            f"{large.accuracy.max():.3f}"
+        )
     return (
-        f"Of the {len(large)} test places with {SMALL_PLACE} chips or more LoRA is worst at "
-        f"{worst.group}, accuracy {said}, and best at {best.group}, {best.accuracy:.3f} "
+        f"LoRA's accuracy {interval(by_chip)} becomes [{by_place.low:.3f}, {by_place.high:.3f}] "
+        f"when whole places are drawn ({len(places)}){worst} "
         f"{own.link('finetune_lora', 'Where-on-the-ground')}"
     )
 

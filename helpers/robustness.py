@@ -72,9 +72,9 @@ def group_sentence(predictions: pd.DataFrame) -> str:
     return (
         f"Accuracy {by_chip.value:.3f}. Drawing chips, its 95 % bootstrap interval is "
         f"[{by_chip.low:.3f}, {by_chip.high:.3f}]; drawing whole groups, of which there are "
-        f"{predictions.group.nunique()}, it is "
-        f"**[{by_group.low:.3f}, {by_group.high:.3f}]**. Chips of one place are not independent, so "
-        "the second says better how other such places would do."
+        f"{predictions.group.nunique()}, it is **[{by_group.low:.3f}, {by_group.high:.3f}]**. "
+        "Chips of one place are not independent, so the second says better how other such places "
+        "would do."
     )
 
 

@@ -190,10 +190,12 @@ def test_summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, spread over seeds and mean interval over images, one row a method."""
 
     def line(own: pd.DataFrame) -> str:
-        text = f"{own.value.mean():.3f} [{own.low.mean():.3f}, {own.high.mean():.3f}]"
-        if len(own) > 1:
-            text += f" seeds {own.value.min():.3f} to {own.value.max():.3f}"
-        return text
+        digits = 4 if (own.high - own.low).mean() < 0.01 else 3  # what the interval can carry
+        value, low, high, least, most = (
+            f"{number:.{digits}f}"
+            for number in (*own[["value", "low", "high"]].mean(), own.value.min(), own.value.max())
+        )
+        return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if len(own) > 1 else "")
 
     cells = {key: line(own) for key, own in rows.groupby(["method", "metric"], sort=False)}
     return pd.Series(cells).unstack().loc[rows.method.unique(), rows.metric.unique()]

@@ -3,6 +3,7 @@
 import subprocess
 
 import nbformat
+import pandas as pd
 import pytest
 
 from helpers.records import ROOT
@@ -56,6 +57,21 @@ def test_no_chip_of_the_published_data_is_in_the_repository():
     assert files and not [f for f in files if f.endswith((".jpg", ".jpeg", ".tif", ".npy"))]
     chips = ("setup_chips.png", "setup_errors.png")
     assert not [f for f in files if f.endswith(chips)]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "word"),
+    [
+        ([(0.01, 0.03), (0.02, 0.04)], "Yes"),
+        ([(0.01, 0.03), (0.02, 0.04), (-0.01, 0.03)], "A little, with most seeds"),
+        ([(-0.01, 0.03), (0.02, 0.04)], "Not clearly"),
+        ([(-0.03, -0.01)], "No, it is worse"),
+        ([(0.0001, 0.0003)], "No, the difference is too small to matter"),
+    ],
+)
+def test_an_answer_in_a_word_weighs_certainty_and_size(intervals, word):
+    rows = pd.DataFrame(intervals, columns=["low", "high"])
+    assert results.in_a_word(rows.assign(auroc_difference=rows.mean(axis=1))) == word
 
 
 def test_a_part_without_a_place_is_an_error():

@@ -82,6 +82,17 @@ class Published:
         """One of the committed tables, by its path below the folder."""
         return pd.read_csv(ROOT / self.folder / name)
 
+    @property
+    def recommended(self) -> str:
+        """The variant that the benchmark says to deploy."""
+        record = ROOT / self.folder / "benchmark_results" / f"{self.benchmark}.json"
+        return json.loads(record.read_text())["decision"]["recommended"]
+
+    @property
+    def served(self) -> pd.DataFrame:
+        """The benchmark's summary, by variant."""
+        return self.table(f"benchmark_results/{self.benchmark}.csv").set_index("variant")
+
     def link(self, notebook: str, section: str) -> str:
         """Markdown link to the section of a notebook."""
         return f"([shown here]({self.folder / notebook}.ipynb#{section}))"
@@ -198,13 +209,12 @@ def shapes_table(own: Published) -> str:
 
 def serving_table(own: Published) -> str:
     """What the deployable forms cost."""
-    summary = own.table(f"benchmark_results/{own.benchmark}.csv").set_index("variant")
-    record = json.loads((ROOT / own.folder / f"benchmark_results/{own.benchmark}.json").read_text())
+    summary, recommended = own.served, own.recommended
     eager = summary.loc["eager_fp32"]
     lines = []
     for name in SHOWN:
         row = summary.loc[name]
-        mark = "**" if name == record["decision"]["recommended"] else ""
+        mark = "**" if name == recommended else ""
         lines.append(
             (
                 f"{mark}`{name}`{mark}",
@@ -288,9 +298,8 @@ def answers_for(own: Published) -> dict[str, str]:
     costs = compare.cost_table(own.runs)
     hours = compare.full_set_cost(own.runs).hours_per_pass
     parts = own.runs["lora", seed].record["parameters"]
-    record = json.loads((ROOT / own.folder / f"benchmark_results/{own.benchmark}.json").read_text())
-    chosen = record["decision"]["recommended"]
-    served = own.table(f"benchmark_results/{own.benchmark}.csv").set_index("variant")
+    chosen = own.recommended
+    served = own.served
     eager, best = served.loc["eager_fp32"], served.loc[chosen]
     pair = {
         second: own.tests[(own.tests["first"] == first) & (own.tests.second == second)]

@@ -99,8 +99,12 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
         start = time.perf_counter()
         data = own.share(whole)
         run = read_run(own) if config.resume else None
-        known = run is not None and run.record["data_fingerprint"] == data.fingerprint
-        if not (known and run.classifier):
+        known = (
+            run is not None
+            and run.classifier is not None
+            and run.record["data_fingerprint"] == data.fingerprint
+        )
+        if not known:
             run = train(own, data, report=lambda line: None)
             save_run(own, run)
         runs[own.name] = run

@@ -1,6 +1,7 @@
 """A training run: its parameters, what it leaves behind, and tables made from that alone."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -344,7 +345,7 @@ def test_table(record: dict) -> pd.DataFrame:
     """Test metrics of a run and its baselines as text, `value [low, high]`, one row a model."""
     return pd.DataFrame(
         {
-            name: {m: _with_interval(values[m]) for m in METRICS}
+            name: {m: with_interval(values[m]) for m in METRICS}
             for name, values in record["test"].items()
         }
     ).T
@@ -367,13 +368,14 @@ def conclusion(record: dict) -> str:
         f"On `{record['data']}` ({record['chips']['train']} training and "
         f"{record['chips']['test']} test chips) a linear head of "
         f"{record['parameters']['trainable']:,} weights on {name} reaches an accuracy of "
-        f"**{_with_interval(own['accuracy'])}** and an AUROC of "
-        f"**{_with_interval(own['auroc'])}**. Always answering with the larger class reaches an "
+        f"**{with_interval(own['accuracy'])}** and an AUROC of "
+        f"**{with_interval(own['auroc'])}**. Always answering with the larger class reaches an "
         f"accuracy of {majority['accuracy']['value']:.3f}; a logistic regression on colour "
-        f"statistics an accuracy of {_with_interval(colour['accuracy'])} and an AUROC of "
-        f"{_with_interval(colour['auroc'])}. The frozen features are {verdict}."
+        f"statistics an accuracy of {with_interval(colour['accuracy'])} and an AUROC of "
+        f"{with_interval(colour['auroc'])}. The frozen features are {verdict}."
     )
 
 
-def _with_interval(entry: dict) -> str:
+def with_interval(entry: Mapping[str, float] | pd.Series) -> str:
+    """`value [low, high]` of an entry with these names, as tables and sentences show it."""
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry)

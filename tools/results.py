@@ -19,7 +19,7 @@ from papermill.iorw import read_yaml_file
 from helpers import compare, plots
 from helpers.records import ROOT, written_whole
 from helpers.robustness import accuracy_by_group, accuracy_intervals
-from helpers.runs import Run
+from helpers.runs import Run, with_interval
 
 METRICS = ("accuracy", "f1", "auroc", "average_precision", "brier")
 # Benchmark variants that the README shows; the others are in the linked table.
@@ -159,18 +159,18 @@ def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def interval(entry) -> str:
-    """`value [low, high]` of a mapping or row with these names."""
-    return f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-
-
 def methods_table(own: Published) -> str:
     """Test accuracy and AUROC of every method, and what it costs."""
     rows = compare.test_rows(own.runs, ("accuracy", "auroc"))
     summary, costs = compare.test_summary(rows), compare.cost_table(own.runs)
     colour = own.runs["head_only", own.config.seeds[0]].record["test"]["colour statistics"]
     lines = [
-        ("colour statistics", interval(colour["accuracy"]), interval(colour["auroc"]), *"----")
+        (
+            "colour statistics",
+            with_interval(colour["accuracy"]),
+            with_interval(colour["auroc"]),
+            *"----",
+        )
     ]
     for method, cost in costs.iterrows():
         seeds = sum(name == method for name, _ in own.runs)
@@ -308,8 +308,9 @@ def answers_for(own: Published) -> dict[str, str]:
     slower = costs.seconds_per_epoch["dora"] / costs.seconds_per_epoch["lora"]
     return {
         "Does training only the head give good results?": (
-            f"{'Yes' if good else 'Not clearly'}: accuracy {interval(ours['accuracy'])}, AUROC "
-            f"{interval(ours['auroc'])}; colour statistics reach "
+            f"{'Yes' if good else 'Not clearly'}: accuracy "
+            f"{with_interval(ours['accuracy'])}, AUROC {with_interval(ours['auroc'])}; "
+            "colour statistics reach "
             f"{colour['accuracy']['value']:.3f} and {colour['auroc']['value']:.3f} "
             f"{own.link('setup_finetune', 'The-answer')}"
         ),
@@ -371,12 +372,13 @@ def place_answer(own: Published) -> str:
     if len(large):
         row = large.loc[large.accuracy.idxmin()].rename({"accuracy": "value"})
         worst = (
-            f"; worst of the {len(large)} with {SMALL_PLACE} chips or more: {interval(row)}, best: "
-            f"{large.accuracy.max():.3f}"
+            f"; worst of the {len(large)} with {SMALL_PLACE} chips or more: "
+            f"{with_interval(row)}, best: {large.accuracy.max():.3f}"
         )
     return (
-        f"LoRA's accuracy {interval(by_chip)} becomes [{by_place.low:.3f}, {by_place.high:.3f}] "
-        f"when whole places are drawn ({len(places)}){worst} "
+        f"LoRA's accuracy {with_interval(by_chip)} becomes "
+        f"[{by_place.low:.3f}, {by_place.high:.3f}] when whole places are drawn "
+        f"({len(places)}){worst} "
         f"{own.link('finetune_lora', 'Where-on-the-ground')}"
     )
 

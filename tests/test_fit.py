@@ -142,7 +142,9 @@ def test_one_candidate_that_breaks_leaves_the_others_alone():
     alone = config.model_copy(update={"learning_rates": (1e-2,)})
     _, one = fit_heads(alone, train, valid, 2, report=lambda line: None)
     assert both.best == 0
-    assert both.best_loss[0] == one.best_loss[0]
+    # Two heads are one wider matrix product, which a CPU may add up in another order: the losses
+    # differ by 6e-8 on one machine and not at all on another. A few units of fp32's last place.
+    assert both.best_loss[0] == pytest.approx(one.best_loss[0], rel=1e-6)
 
 
 def test_a_sweep_gives_each_head_what_it_gets_alone():

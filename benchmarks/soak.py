@@ -9,11 +9,12 @@ import argparse
 import threading
 from dataclasses import replace
 
-from helpers.compress import BUILDERS, REFERENCE, build_variants
+from helpers.benchmarking.bench import BenchmarkConfig, open_bench, save_results
+from helpers.benchmarking.load_generator import System, run_scenario
 from helpers.console import run_command
-from helpers.load_generator import System, run_scenario
-from helpers.production_benchmarking import BenchmarkConfig, open_bench, save_results
-from helpers.runtimes import remote
+from helpers.deployment.runtimes import remote
+from helpers.deployment.variants.build import BUILDERS, build_variants
+from helpers.deployment.variants.source import REFERENCE
 
 LOAD = 0.8
 SAMPLE_EVERY = 10  # seconds between two readings of the memory

@@ -28,14 +28,14 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import InputError
-from helpers.adapters import AdapterSettings, add_adapter
+from helpers.benchmarking.limits import machine_limits
 from helpers.console import progress_bar
-from helpers.features import DIHEDRAL_VIEWS
-from helpers.finetune import new_accelerator, new_classifier, training_setup
-from helpers.load_data import ChipData
-from helpers.machine import machine_limits
+from helpers.data.dataset import ChipData
+from helpers.models.adapters import AdapterSettings, add_adapter
 from helpers.records import environment, write_json, written_whole
-from helpers.runs import RunConfig
+from helpers.training.config import RunConfig
+from helpers.training.features import DIHEDRAL_VIEWS
+from helpers.training.methods import new_accelerator, new_classifier, training_setup
 
 # Backbone, weights, pixels, images per step.
 CPU_CASES = (
@@ -70,7 +70,7 @@ def plain_loop(config: RunConfig, data: ChipData) -> Iterator[None]:
 
 
 def project_loop(config: RunConfig, data: ChipData, compiled: bool) -> Iterator[None]:
-    """The same step as `helpers.fit` makes it, on decoded and augmented chips."""
+    """The same step as `helpers.training.loop` makes it, on decoded and augmented chips."""
     model, group, examples = training_setup(config, data)
     accelerator = new_accelerator(config)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))

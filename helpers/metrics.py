@@ -5,6 +5,8 @@ one) and a whole block of bootstrap resamples (weights = how often an image was 
 hold each metric against scikit-learn.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
@@ -19,7 +21,11 @@ METRICS = (
     "brier",
     "calibration_error",
 )
+
+
 _BINS = 15  # of the calibration error, as in Guo et al. (2017)
+
+
 _BLOCK = 4_000_000  # weights held at once, 32 MB
 
 
@@ -244,7 +250,6 @@ def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     return means.assign(images=table.groupby("bin").size()).reset_index(drop=True)
 
 
-def majority_probabilities(train_targets: np.ndarray, n: int, n_classes: int) -> np.ndarray:
-    """Class frequencies of the training split for each of n images, (n, classes)."""
-    frequencies = np.bincount(train_targets, minlength=n_classes) / len(train_targets)
-    return np.tile(frequencies, (n, 1))
+def with_interval(entry: Mapping[str, float] | pd.Series) -> str:
+    """`value [low, high]` of an entry with these names, as tables and sentences show it."""
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry)

@@ -16,10 +16,12 @@ from pathlib import Path
 import pandas as pd
 from papermill.iorw import read_yaml_file
 
-from helpers import compare, plots
+from helpers.evaluation import comparison
+from helpers.evaluation.robustness import accuracy_by_group, accuracy_intervals
+from helpers.metrics import with_interval
 from helpers.records import ROOT, written_whole
-from helpers.robustness import accuracy_by_group, accuracy_intervals
-from helpers.runs import Run, with_interval
+from helpers.reporting import answers, plots
+from helpers.training.runs import Run
 
 METRICS = ("accuracy", "f1", "auroc", "average_precision", "brier")
 # Benchmark variants that the README shows; the others are in the linked table.
@@ -55,28 +57,28 @@ class Published:
     benchmark: str
 
     @cached_property
-    def config(self) -> compare.CompareConfig:
+    def config(self) -> comparison.CompareConfig:
         """Parameters of the comparison."""
         places = {
             "history_path": str(ROOT / self.folder / "training_history"),
             "output_path": str(ROOT / self.folder / "no_weights"),
         }
-        return compare.CompareConfig.checked(**self.parameters | places)
+        return comparison.CompareConfig.checked(**self.parameters | places)
 
     @cached_property
     def all_runs(self) -> dict[str, Run]:
         """Every run of the comparison, by name."""
-        return compare.read_runs(self.config)
+        return comparison.read_runs(self.config)
 
     @cached_property
     def runs(self) -> dict[tuple[str, int], Run]:
         """The main runs, by method and seed."""
-        return compare.main_runs(self.all_runs, self.config)
+        return comparison.main_runs(self.all_runs, self.config)
 
     @cached_property
     def tests(self) -> pd.DataFrame:
         """Paired tests of every two methods."""
-        return compare.paired_tests(self.runs)
+        return comparison.paired_tests(self.runs)
 
     def table(self, name: str) -> pd.DataFrame:
         """One of the committed tables, by its path below the folder."""
@@ -117,12 +119,15 @@ def published() -> dict[str, Published]:
 def rebuild(own: Published) -> None:
     """Draw the comparison's figures again and write the tables behind them."""
     figures = ROOT / own.folder / "figures"
-    rows = compare.test_rows(own.runs, METRICS)
-    costs = compare.cost_table(own.runs)
-    points = compare.accuracy_against_cost(rows, costs)
-    histories = compare.histories(own.runs)
-    curves, reliability = compare.operating_points(own.runs), compare.reliability_rows(own.runs)
-    by_size = compare.by_training_chips(own.all_runs, own.config, "accuracy")
+    rows = comparison.test_rows(own.runs, METRICS)
+    costs = comparison.cost_table(own.runs)
+    points = comparison.accuracy_against_cost(rows, costs)
+    histories = comparison.histories(own.runs)
+    curves, reliability = (
+        comparison.operating_points(own.runs),
+        comparison.reliability_rows(own.runs),
+    )
+    by_size = comparison.by_training_chips(own.all_runs, own.config, "accuracy")
     drawn = {
         "lora_curves": (plots.method_curves(histories, own.config.title), histories),
         "lora_roc_pr": (plots.operating_curves(curves, f"Test split, {own.config.title}"), curves),
@@ -137,10 +142,10 @@ def rebuild(own: Published) -> None:
         ),
     }
     if own.config.ranks or own.config.target_sets:
-        shapes = compare.by_shape(own.all_runs, own.config, "accuracy")
+        shapes = comparison.by_shape(own.all_runs, own.config, "accuracy")
         figure = plots.against(shapes, "trainable_parameters", "accuracy", own.config.title)
         drawn["lora_ranks"] = figure, shapes
-    headline = compare.headline_rows(own.all_runs, own.config)
+    headline = comparison.headline_rows(own.all_runs, own.config)
     drawn["lora_headline"] = plots.headline(headline, own.config.title), headline
     for name, (figure, table) in drawn.items():
         plots.save(figure, figures / f"{name}.png", table)
@@ -161,8 +166,8 @@ def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
 
 def methods_table(own: Published) -> str:
     """Test accuracy and AUROC of every method, and what it costs."""
-    rows = compare.test_rows(own.runs, ("accuracy", "auroc"))
-    summary, costs = compare.test_summary(rows), compare.cost_table(own.runs)
+    rows = comparison.test_rows(own.runs, ("accuracy", "auroc"))
+    summary, costs = comparison.test_summary(rows), comparison.cost_table(own.runs)
     colour = own.runs["head_only", own.config.seeds[0]].record["test"]["colour statistics"]
     lines = [
         (
@@ -192,7 +197,7 @@ def methods_table(own: Published) -> str:
 def shapes_table(own: Published) -> str:
     """Ranks and layers of LoRA: parameters, mean accuracy and AUROC with the range over seeds."""
     parts = [
-        compare.by_shape(own.all_runs, own.config, metric).assign(metric=metric)
+        comparison.by_shape(own.all_runs, own.config, metric).assign(metric=metric)
         for metric in ("accuracy", "auroc")
     ]
     table = pd.concat(parts)
@@ -295,8 +300,8 @@ def answers_for(own: Published) -> dict[str, str]:
     refitted = shortcuts.xs("refitted", level="head")
     alone = refitted["acquisition statistics alone"]
     worst = refitted.drop(["as it is", "acquisition statistics alone"])
-    costs = compare.cost_table(own.runs)
-    hours = compare.full_set_cost(own.runs).hours_per_pass
+    costs = comparison.cost_table(own.runs)
+    hours = comparison.full_set_cost(own.runs).hours_per_pass
     parts = own.runs["lora", seed].record["parameters"]
     chosen = own.recommended
     served = own.served
@@ -321,11 +326,11 @@ def answers_for(own: Published) -> dict[str, str]:
             f"{own.link('setup_finetune', 'What-does-it-read?-A-check-for-shortcuts')}"
         ),
         "Does LoRA improve on it?": (
-            f"{in_a_word(pair['lora'])}: {compare.pair_numbers(pair['lora'])}; by its interval "
-            f"{compare.pair_verdict(pair['lora'])} {own.link('finetune_lora', 'The-answers')}"
+            f"{in_a_word(pair['lora'])}: {answers.pair_numbers(pair['lora'])}; by its interval "
+            f"{answers.pair_verdict(pair['lora'])} {own.link('finetune_lora', 'The-answers')}"
         ),
         "Is DoRA worth its extra cost?": (
-            f"{in_a_word(pair['dora'])}: {compare.pair_numbers(pair['dora'])}; "
+            f"{in_a_word(pair['dora'])}: {answers.pair_numbers(pair['dora'])}; "
             f"{slower:.2f} times the time per epoch {own.link('finetune_lora', 'The-answers')}"
         ),
         "What does LoRA add?": (

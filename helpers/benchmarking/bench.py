@@ -1,0 +1,250 @@
+"""What is benchmarked, on what, and how; and where the results go."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from helpers import InputError
+from helpers.benchmarking.limits import cpu_flags
+from helpers.benchmarking.load_generator import LoadSettings
+from helpers.benchmarking.percentiles import check_percentiles
+from helpers.config import Config
+from helpers.data.dataset import ChipData
+from helpers.deployment.runtimes import Predict, Variant, load
+from helpers.deployment.variants.build import BUILDERS
+from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.models.adapters import load_adapter, merge_adapter
+from helpers.models.classifier import Classifier
+from helpers.models.files import load_classifier
+from helpers.records import environment, write_json, written_whole
+from helpers.training.config import RunConfig
+
+_PACKAGES = ("torchao", "onnx", "onnxruntime", "openvino", "nncf", "mlcommons-loadgen")
+
+
+class BenchmarkConfig(Config):
+    """Everything that decides a benchmark."""
+
+    model_path: str = Field(
+        "models/head_only_example_example_seed0/model_final.safetensors",
+        description="a model_final.safetensors, or the adapter folder of a LoRA run",
+    )
+    data_path: str = Field(
+        "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
+    )
+    variants: tuple[Literal[tuple(BUILDERS)], ...] | None = Field(
+        None, description=f"to build, all by default, from {', '.join(BUILDERS)}"
+    )
+    gate_points: float = Field(
+        0.5, ge=0, description="accuracy that a deployable variant may lose, in percentage points"
+    )
+    calibration_chips: PositiveInt = Field(
+        64, description="training chips that static quantization is calibrated on"
+    )
+    recovery_epochs: PositiveInt = Field(
+        3, description="epochs of fine-tuning after structured pruning"
+    )
+    batch_sizes: tuple[PositiveInt, ...] = Field(
+        (1, 8, 32), min_length=1, description="chips per prediction, ascending"
+    )
+    latency_samples: tuple[PositiveInt, ...] = Field(
+        (60, 10, 5), description="timed predictions of every variant, one number per batch size"
+    )
+    percentiles: tuple[float, ...] = Field(
+        (50.0, 90.0, 95.0), description="of latency; shown where the samples carry them"
+    )
+    load_variants: tuple[Literal[tuple(BUILDERS)], ...] | None = Field(
+        None, description="to put under load; the reference and the fastest that passes by default"
+    )
+    load_seconds: PositiveFloat = Field(1.0, description="least duration of one LoadGen run, s")
+    start_qps: PositiveFloat | None = Field(
+        None, description="first rate of the Server search; half the Offline rate by default"
+    )
+    latency_bound_ms: PositiveFloat = Field(
+        100.0, description="what the p99 of the Server scenario must stay under, ms"
+    )
+    max_batch: PositiveInt = Field(8, description="most queries in one prediction under load")
+    max_wait_ms: float = Field(
+        0.0, ge=0, description="how long a query may wait for others to share its batch, ms"
+    )
+    queue_limit: PositiveInt = Field(
+        256, description="waiting queries above which the next is refused"
+    )
+    load_fractions: tuple[PositiveFloat, ...] = Field(
+        (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
+        description="of the measured capacity, offered in the load curve",
+    )
+    competing: tuple[int, ...] = Field(
+        (0, 1, 2), description="numbers of competing CPU-bound processes"
+    )
+    processes: tuple[PositiveInt, ...] = Field((1, 2), description="numbers of model processes")
+    mlperf: bool = Field(False, description="MLPerf's durations: 600 s for every LoadGen run")
+    threads: PositiveInt | None = Field(None, description="of one prediction; all cores by default")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="of PyTorch variants")
+    seed: int = Field(0, ge=0, description="of bootstrap draws and of recovery")
+    output_path: str = Field("models", description="folder for the variants' files")
+    results_path: str = Field("benchmark_results", description="folder for tables and records")
+    figures_path: str = Field("figures", description="folder for figures")
+    run_name: str | None = Field(None, description="name of the results; the model's by default")
+
+    @property
+    def variant_names(self) -> tuple[str, ...]:
+        """What to build."""
+        return self.variants or tuple(BUILDERS)
+
+    @property
+    def load_settings(self) -> LoadSettings:
+        """How to put a system under load."""
+        return LoadSettings(
+            seconds=self.load_seconds,
+            latency_bound_ms=self.latency_bound_ms,
+            max_batch=self.max_batch,
+            max_wait_ms=self.max_wait_ms,
+            queue_limit=self.queue_limit,
+            mlperf=self.mlperf,
+        )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is benchmarked, on what, and how.
+
+    Args:
+        config: the parameters.
+        name: of the results' files.
+        label: backbone, weights and data, as they must stand beside every number.
+        source: the classifier and what its variants are made of.
+        data: the checked data set.
+        chips: the test chips (N, bands, S, S).
+        targets: their classes (N,).
+        threads: of one prediction.
+        device: `cpu` or `cuda`.
+    """
+
+    config: BenchmarkConfig
+    name: str
+    label: str
+    source: Source
+    data: ChipData
+    chips: np.ndarray
+    targets: np.ndarray
+    threads: int
+    device: str
+
+
+def open_bench(config: BenchmarkConfig) -> Bench:
+    """Load the classifier and its data.
+
+    Raises:
+        InputError: no such model, damaged or of another architecture; data with other classes;
+            percentiles that no batch size has the samples for; no GPU where one was asked for.
+    """
+    if len(config.latency_samples) != len(config.batch_sizes):
+        raise InputError(
+            f"latency_samples: {len(config.latency_samples)} numbers for "
+            f"{len(config.batch_sizes)} batch_sizes; give one for each"
+        )
+    check_percentiles(config.percentiles, max(config.latency_samples))
+    if REFERENCE not in config.variant_names:
+        raise InputError(f"variants: {REFERENCE} is the reference and must be among them")
+    classifier, provenance, adapted = _load_model(config.model_path)
+    trained = {k: v for k, v in provenance["config"].items() if k in RunConfig.model_fields}
+    data = RunConfig.checked(**trained | {"data_path": config.data_path}).data()
+    if data.classes != classifier.config.classes:
+        raise InputError(
+            f"data_path: {config.data_path} has the classes {', '.join(data.classes)}, the model "
+            f"was trained on {', '.join(classifier.config.classes)}; pass data with those"
+        )
+    name = config.run_name or f"benchmark_{provenance['run']}"
+    device = RunConfig(device=config.device).torch_device
+    train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
+    source = Source(
+        classifier,
+        train,
+        valid,
+        Path(config.output_path) / name,
+        adapted=adapted,
+        device=device,
+        calibration_chips=config.calibration_chips,
+        recovery_epochs=config.recovery_epochs,
+        seed=config.seed,
+    )
+    return Bench(
+        config,
+        name,
+        f"{provenance['backbone']}, {classifier.config.image_size} px, "
+        f"data {Path(config.data_path).name}",
+        source,
+        data,
+        test[0].numpy(),
+        test[1].numpy(),
+        config.threads or os.cpu_count(),
+        device,
+    )
+
+
+def _chips(data: ChipData, split: str, classifier: Classifier):
+    dataset = data.dataset(split, classifier.config.image_size)
+    return torch.stack([chip for chip, _ in dataset]), dataset.targets
+
+
+def load_all(bench: Bench, variants: Sequence[Variant]) -> dict[str, Predict]:
+    """Load variants into this process, to take turns in it."""
+    return {v.name: load(v, bench.threads, bench.device) for v in variants}
+
+
+def save_results(bench: Bench, tables: dict[str, pd.DataFrame], record: dict) -> list[Path]:
+    """Write `<run>.csv` (the table named ``), `<run>_<name>.csv` and `<run>.json`."""
+    folder = Path(bench.config.results_path)
+    files = []
+    for name, table in tables.items():
+        files.append(folder / f"{bench.name}{'_' if name else ''}{name}.csv")
+        with written_whole(files[-1]) as part:
+            table.to_csv(part, index=False, float_format="%.6g")
+    known = environment()
+    known["packages"] |= {package: _version(package) for package in _PACKAGES}
+    known["machine"] |= {"cpu_flags": cpu_flags(), "threads_per_prediction": bench.threads}
+    whole = {
+        "run": bench.name,
+        "backbone_weights_data": bench.label,
+        "config": bench.config.model_dump(),
+        "classifier": asdict(bench.source.classifier.config),
+        "test_chips": len(bench.targets),
+        "data_fingerprint": bench.data.fingerprint,
+        "mlperf_submission": False,
+        **record,
+        "environment": known,
+    }
+    files.append(folder / f"{bench.name}.json")
+    write_json(files[-1], whole)
+    return files
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _load_model(model_path: str):
+    """Return classifier (LoRA merged), provenance, and the PeftModel of an adapter folder."""
+    path = Path(model_path)
+    if not path.exists():
+        hint = "run setup_finetune.ipynb first, which trains it"
+        if model_path != BenchmarkConfig.model_fields["model_path"].default:
+            hint = "pass the model_final.safetensors or the adapter folder of a run"
+        raise InputError(f"model_path: no such file or folder: {model_path}; {hint}")
+    if path.is_dir():
+        classifier = merge_adapter(load_adapter(path))
+        provenance = load_classifier(path.parent / "model_final.safetensors")[1]
+        return classifier, provenance, load_adapter(path)
+    return *load_classifier(path), None

@@ -1,0 +1,43 @@
+"""What is in a data set, in plain text."""
+
+import pandas as pd
+
+from helpers.data.dataset import ChipData
+from helpers.data.manifest import class_counts
+from helpers.data.splits import leaks
+
+
+def data_report(data: ChipData) -> str:
+    """Describe the data in plain text: counts, sizes, bands, values, skipped, repeated, leakage."""
+    manifest = data.manifest
+    counts = class_counts(manifest, data.classes)
+    counts = pd.concat([counts, counts.sum().to_frame("all").T])
+    counts["all"] = counts.sum(axis=1)
+    sizes = (manifest["width"].astype(str) + "x" + manifest["height"].astype(str)).value_counts()
+    shown = ", ".join(f"{size} ({n})" for size, n in sizes.head(5).items())
+    bands = ", ".join(map(str, data.bands))
+    types = ", ".join(f"{kind} ({n})" for kind, n in manifest["dtype"].value_counts().items())
+    copies = manifest["sha256"].duplicated(keep=False).sum()
+    two_labels = (manifest.groupby("sha256")["label"].nunique() > 1).sum()
+    groups = manifest.loc[manifest["group"] != "", "group"].nunique()
+    facts = {
+        "data": f"{data.root.resolve().name} ({data.layout})",
+        "classes": ", ".join(data.classes)
+        + (f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""),
+        "size (px)": shown + (f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""),
+        "bands": f"{manifest['n_bands'].iloc[0]} in a file, in use: {bands}",
+        "data type": types,
+        "values": f"{manifest['min'].min():g} to {manifest['max'].max():g}",
+        "unreadable": f"{len(data.skipped)} skipped" if len(data.skipped) else "none",
+        "identical": f"{copies} images have a byte-identical twin, {two_labels} under two labels",
+        "groups": groups or "none given",
+        "leakage": "no image and no group in two splits",
+    }
+    shared = leaks(data.manifest)
+    if shared:
+        facts["leakage"] = "WARNING: " + "; ".join(shared)
+    lines = [f"{name:<12}{value}" for name, value in facts.items()]
+    lines += [f"  {row.img_path}: {row.reason}" for row in data.skipped.head(10).itertuples()]
+    if len(data.skipped) > 10:
+        lines.append(f"  and {len(data.skipped) - 10} more")
+    return "\n".join([*lines[:2], "", counts.to_string(), "", *lines[2:]])

@@ -1,0 +1,1 @@
+"""A classifier at work: its deployable forms, and what serves them."""

@@ -1,0 +1,1 @@
+"""The deployable forms of one classifier, by the runtime that serves them."""

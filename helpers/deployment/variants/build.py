@@ -1,0 +1,141 @@
+"""Build the forms of one trained classifier.
+
+Each builder writes its files into one folder and describes them as a `Variant`, which
+`runtimes.load` turns into predictions in this or in any other process. What this machine cannot
+build becomes a row with the reason.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+
+import pandas as pd
+
+from helpers.deployment.runtimes import Variant
+from helpers.deployment.variants.onnx import (
+    build_onnx_fp32,
+    build_onnx_int8_dynamic,
+    build_onnx_int8_static,
+)
+from helpers.deployment.variants.openvino import (
+    build_openvino_bf16,
+    build_openvino_fp32,
+    build_openvino_int4_weights,
+    build_openvino_int8,
+)
+from helpers.deployment.variants.pruning import (
+    build_sparse_2_4,
+    build_structured,
+    build_structured_recovered,
+    build_unstructured,
+)
+from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.deployment.variants.structure import Unavailable
+from helpers.deployment.variants.torch import (
+    build_autocast,
+    build_compiled,
+    build_eager,
+    build_int4_weights,
+    build_lora_merged,
+    build_lora_unmerged,
+    build_pure,
+    build_torchao,
+)
+
+BUILDERS: dict[str, Callable[[Source], Variant]] = {
+    REFERENCE: build_eager,
+    "lora_unmerged": build_lora_unmerged,
+    "lora_merged": build_lora_merged,
+    "bf16_autocast": partial(build_autocast, "bf16_autocast", "bfloat16"),
+    "fp16_autocast": partial(build_autocast, "fp16_autocast", "float16"),
+    "bf16": partial(build_pure, "bf16", "bfloat16"),
+    "fp16": partial(build_pure, "fp16", "float16"),
+    "compiled_fp32": build_compiled,
+    "int8_dynamic": partial(
+        build_torchao,
+        "int8_dynamic",
+        "torchao: int8 weights, activations quantized as they come",
+        "int8",
+        "Int8DynamicActivationInt8WeightConfig",
+    ),
+    "int8_weights": partial(
+        build_torchao,
+        "int8_weights",
+        "torchao: int8 weights, fp32 arithmetic",
+        "fp32",
+        "Int8WeightOnlyConfig",
+    ),
+    "int4_weights": build_int4_weights,
+    "onnx_fp32": build_onnx_fp32,
+    "onnx_int8_dynamic": build_onnx_int8_dynamic,
+    "onnx_int8_static": build_onnx_int8_static,
+    "openvino_fp32": build_openvino_fp32,
+    "openvino_bf16": build_openvino_bf16,
+    "openvino_int8": build_openvino_int8,
+    "openvino_int4_weights": build_openvino_int4_weights,
+    "pruned_30": partial(build_unstructured, 30),
+    "pruned_50": partial(build_unstructured, 50),
+    "pruned_70": partial(build_unstructured, 70),
+    "structured": build_structured,
+    "structured_recovered": build_structured_recovered,
+    "sparse_2_4": build_sparse_2_4,
+}
+
+
+def build_variants(
+    source: Source, names: tuple[str, ...], report: Callable[[str], None] = print
+) -> tuple[list[Variant], pd.DataFrame]:
+    """Build variants, one after the other; what cannot be built is listed with the reason.
+
+    Returns:
+        The variants, and a table of all names: `variant, made, arithmetic, mebibytes_on_disk,
+        unavailable`.
+    """
+    source.folder.mkdir(parents=True, exist_ok=True)
+    variants, rows = [], []
+    for name in names:
+        try:
+            with _quiet():
+                variant = BUILDERS[name](source)
+            variant.save()
+        except Unavailable as error:
+            rows.append({"variant": name, "unavailable": str(error)})
+        except ModuleNotFoundError as error:
+            reason = f"{error.name} is not installed (`pip install {error.name}`)"
+            rows.append({"variant": name, "unavailable": reason})
+        except Exception as error:  # exporters and quantizers raise whatever they like
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            rows.append({"variant": name, "unavailable": reason})
+        else:
+            variants.append(variant)
+            rows.append(
+                {
+                    "variant": name,
+                    "made": variant.made,
+                    "arithmetic": variant.precision,
+                    "mebibytes_on_disk": variant.bytes_on_disk / 2**20,
+                }
+            )
+        report(f"{name}: {rows[-1].get('unavailable') or 'built'}")
+    columns = ["variant", "made", "arithmetic", "mebibytes_on_disk", "unavailable"]
+    return variants, pd.DataFrame(rows, columns=columns)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars and remarks of exporters and quantizers out of reports."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            open(os.devnull, "w") as nothing,
+            redirect_stdout(nothing),
+            redirect_stderr(nothing),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,100 @@
+"""Variants that PyTorch serves: precisions, LoRA merged or not, compiled, quantized by torchao."""
+
+import copy
+import shutil
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+
+from helpers.deployment.runtimes import Variant
+from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.deployment.variants.structure import Unavailable
+from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter, save_adapter
+
+
+def build_eager(source: Source) -> Variant:
+    """The reference: as trained."""
+    return source.torch_variant(REFERENCE, "as trained, PyTorch eager", source.classifier)
+
+
+def build_autocast(name: str, dtype: str, source: Source) -> Variant:
+    """fp32 weights, autocast."""
+    made = f"fp32 weights, autocast to {dtype}"
+    eager = build_eager(source)  # the same file
+    options = eager.options | {"autocast": dtype}
+    return replace(eager, name=name, made=made, options=options, precision=name[:4])
+
+
+def build_pure(name: str, dtype: str, source: Source) -> Variant:
+    """Weights and arithmetic in a lower precision."""
+    model = copy.deepcopy(source.classifier).to(getattr(torch, dtype))
+    return source.torch_variant(
+        name, f"weights and arithmetic in {dtype}", model, name, dtype=dtype
+    )
+
+
+def _adapted(source: Source) -> tuple[PeftModel, str]:
+    if source.adapted is not None:
+        return source.adapted, "trained adapter"
+    model = add_adapter(copy.deepcopy(source.classifier), AdapterSettings()).eval()
+    return model, "new adapter of zero update (r 4 on qkv)"
+
+
+def build_lora_unmerged(source: Source) -> Variant:
+    """Base and adapter apart."""
+    adapted, which = _adapted(source)
+    save_adapter(adapted, source.folder / "lora_adapter")
+    base = copy.deepcopy(adapted).unload()
+    variant = source.torch_variant(
+        "lora_unmerged", f"{which}, not merged", base, adapter="lora_adapter"
+    )
+    files = [
+        f"lora_adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")
+    ]
+    return Variant(**variant.__dict__ | {"files": (*variant.files, *files)})
+
+
+def build_lora_merged(source: Source) -> Variant:
+    """The adapter merged into the base."""
+    adapted, which = _adapted(source)
+    merged = merge_adapter(copy.deepcopy(adapted))
+    return source.torch_variant("lora_merged", f"{which}, merged", merged)
+
+
+def build_compiled(source: Source) -> Variant:
+    """`torch.compile`'s compiler, run ahead of time, so that no server compiles at its start."""
+    if source.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise Unavailable("torch.compile needs a C++ compiler on the CPU (Debian: g++)")
+    chips = source.train[0][:2].to(source.device)
+    model = copy.deepcopy(source.classifier).to(source.device)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (chips,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        )
+        path = source.folder / "compiled_fp32.pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    made = "compiled ahead of time (torch.export, AOTInductor)"
+    return source._described("compiled_fp32", made, "aot_inductor", path, "fp32", {})
+
+
+def build_torchao(name: str, made: str, precision: str, config: str, source: Source) -> Variant:
+    """The linear layers of the blocks quantized by torchao."""
+    from torchao import quantization
+
+    model = copy.deepcopy(source.classifier)
+    quantization.quantize_(model.backbone.blocks, getattr(quantization, config)())
+    return source.torchao_variant(name, made, model, precision)
+
+
+def build_int4_weights(source: Source) -> Variant:
+    """int4 weights by torchao, on a GPU."""
+    if source.device != "cuda":
+        raise Unavailable("torchao's int4 kernels need a GPU; see openvino_int4_weights")
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    model = copy.deepcopy(source.classifier).to("cuda", torch.bfloat16)
+    config = Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
+    quantize_(model.backbone.blocks, config)
+    made = "torchao: int4 weights in groups of 32, bf16 arithmetic"
+    return source.torchao_variant("int4_weights", made, model, "bf16")

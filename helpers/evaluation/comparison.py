@@ -1,0 +1,384 @@
+"""Several runs side by side: methods, seeds, amounts of data and ranks on the same test images."""
+
+import itertools
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from helpers import InputError
+from helpers.data.dataset import ChipData, DataConfig
+from helpers.metrics import mcnemar, paired_difference, reliability
+from helpers.models.adapters import METHODS
+from helpers.training.config import RunConfig
+from helpers.training.methods import new_accelerator, train, training_setup
+from helpers.training.runs import Run, read_run, save_run
+
+
+class CompareConfig(RunConfig):
+    """Parameters of the method comparison; each run is a RunConfig made from them."""
+
+    methods: tuple[str, ...] = Field(
+        ("head_only", "lora", "dora"), min_length=1, description=f"from {', '.join(METHODS)}"
+    )
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one run per method and seed")
+    fractions: tuple[float, ...] = Field(
+        (0.25, 0.5), description="further runs of head_only and lora on a share of the training set"
+    )
+    ranks: tuple[int, ...] = Field((), description="further runs of lora with these ranks")
+    target_sets: tuple[tuple[str, ...], ...] = Field(
+        (), description="further runs of lora on these sets of layers"
+    )
+    sweep_seeds: int = Field(1, gt=0, description="how many of the seeds ranks and target_sets get")
+    full_seeds: int | None = Field(
+        None, gt=0, description="how many of the seeds full gets, all by default"
+    )
+    epochs: int = Field(12, gt=0, description="of lora, dora and full, at most")
+    patience: int = Field(4, gt=0, description="epochs of lora, dora, full without improvement")
+    batch_size: int = Field(32, gt=0, description="images per step of lora, dora and full")
+    full_learning_rate: float = Field(1e-4, gt=0, description="of full fine-tuning (AdamW)")
+    figures_path: str = Field("figures", description="folder for plots and their tables")
+    show_chips: bool = Field(
+        True, description="draw the chips themselves; False where they may not be published"
+    )
+
+    def run(self, method: str, seed: int, **changes) -> RunConfig:
+        """Parameters of one run.
+
+        A head-only run keeps its own epochs, patience and batch size (its epochs cost nothing)
+        and sweeps learning rates on the head input that all methods share.
+
+        Raises:
+            InputError: the method is unknown, or a change is wrong.
+        """
+        own = set(CompareConfig.model_fields) - set(RunConfig.model_fields)
+        values = self.model_dump(exclude=own) | {"method": method, "seed": seed}
+        if method == "head_only":
+            values["head_inputs"] = (self.head_input,)
+            for name in ("epochs", "patience", "batch_size"):
+                values[name] = RunConfig.model_fields[name].default
+        if method == "full":
+            values["learning_rate"] = self.full_learning_rate
+        run = RunConfig.checked(**values | changes)
+        # Names of their own, so that the head-only run of setup_finetune stays as it is.
+        return run.model_copy(update={"run_name": f"compare_{run.name}"})
+
+
+def planned_runs(config: CompareConfig) -> list[RunConfig]:
+    """Every run of the comparison: methods and seeds, shares of the data, ranks and layers."""
+    plan = [config.run(method, seed) for method, seed in method_seeds(config)]
+    first = config.seeds[0]
+    for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
+        own = config.run(method, first, train_fraction=fraction)
+        plan.append(own.model_copy(update={"run_name": f"{own.name}_fraction{fraction:g}"}))
+    for seed in config.seeds[: config.sweep_seeds]:
+        for rank in config.ranks:
+            own = config.run("lora", seed, lora_rank=rank)
+            plan.append(own.model_copy(update={"run_name": f"{own.name}_rank{rank}"}))
+        for targets in config.target_sets:
+            own = config.run("lora", seed, lora_targets=targets)
+            name = f"{own.name}_targets-{'-'.join(targets)}"
+            plan.append(own.model_copy(update={"run_name": name}))
+    return plan
+
+
+def compare(config: CompareConfig, report=print) -> dict[str, Run]:
+    """Train, test and save every run of the comparison; return them by name.
+
+    With `resume`, runs that finished before with the same parameters and data are read.
+
+    Raises:
+        InputError: as `finetune.train`; runs finished before stay on disk.
+    """
+    plan = planned_runs(config)
+    whole = DataConfig.data(config)
+    runs = {}
+    for number, own in enumerate(plan, start=1):
+        start = time.perf_counter()
+        data = own.share(whole)
+        run = read_run(own) if config.resume else None
+        known = (
+            run is not None
+            and run.classifier is not None
+            and run.record["data_fingerprint"] == data.fingerprint
+        )
+        if not known:
+            run = train(own, data, report=lambda line: None)
+            save_run(own, run)
+        runs[own.name] = run
+        took = "finished before" if known else f"{time.perf_counter() - start:.0f} s"
+        report(f"[{number}/{len(plan)}] {own.name}: best epoch {run.record['best_epoch']}, {took}")
+    return runs
+
+
+def read_runs(config: CompareConfig) -> dict[str, Run]:
+    """Every run of a comparison from its records, by name; nothing is trained.
+
+    Raises:
+        InputError: a run is not there.
+    """
+    runs = {own.name: read_run(own) for own in planned_runs(config)}
+    missing = [name for name, run in runs.items() if run is None]
+    if missing:
+        raise InputError(
+            f"{config.history_path}: no run {missing[0]} with these parameters "
+            f"({len(missing)} of {len(runs)} missing); train them with finetune_lora.ipynb"
+        )
+    return runs
+
+
+def method_seeds(config: CompareConfig) -> list[tuple[str, int]]:
+    """Methods and seeds of the main runs, method by method."""
+    few = {"full": config.full_seeds}
+    return [(method, seed) for method in config.methods for seed in config.seeds[: few.get(method)]]
+
+
+def main_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, int], Run]:
+    """The runs on all training data with the common rank, by method and seed."""
+    return {pair: runs[config.run(*pair).name] for pair in method_seeds(config)}
+
+
+def own_test(run: Run) -> dict[str, dict[str, float]]:
+    """Test metrics of a run itself, without its baselines."""
+    return run.record["test"][run.record["backbone"]]
+
+
+def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """What each method trains, keeps, needs and takes; one row a method, medians over seeds.
+
+    Bytes and seconds are those measured in the runs; `bytes_to_keep` as in `runs.save_run`.
+    """
+    rows = []
+    for method in dict.fromkeys(method for method, _ in runs):
+        own = [run for (name, _), run in runs.items() if name == method]
+        histories = [run.history for run in own]
+        to_best = [
+            h.seconds[: run.record["best_epoch"]].sum()
+            for h, run in zip(histories, own, strict=True)
+        ]
+        rows.append(
+            {
+                "method": method,
+                "trainable_parameters": own[0].record["parameters"]["trainable"],
+                "bytes_to_keep": own[0].record["bytes_to_keep"],
+                "peak_memory_bytes": np.median([h.peak_memory_bytes.max() for h in histories]),
+                "seconds_per_epoch": np.median(np.concatenate([h.seconds for h in histories])),
+                "images_per_second": np.median(
+                    np.concatenate([h.images_per_second for h in histories])
+                ),
+                "seconds_to_best": np.median(to_best),
+                "epochs_to_best": np.median([run.record["best_epoch"] for run in own]),
+            }
+        )
+    return pd.DataFrame(rows).set_index("method")
+
+
+def accuracy_against_cost(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy rows of `test_rows` with the method's `trainable_parameters`."""
+    accuracy = rows[rows.metric == "accuracy"]
+    return accuracy.merge(costs.trainable_parameters, left_on="method", right_index=True)
+
+
+def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.DataFrame:
+    """Test metrics per method, seed and metric, with intervals over the test images."""
+    return pd.DataFrame(
+        {"method": method, "seed": seed, "metric": metric, **own_test(run)[metric]}
+        for (method, seed), run in runs.items()
+        for metric in metrics
+    )
+
+
+def test_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds, spread over seeds and mean interval over images, one row a method."""
+
+    def line(own: pd.DataFrame) -> str:
+        digits = 4 if (own.high - own.low).mean() < 0.01 else 3  # what the interval can carry
+        value, low, high, least, most = (
+            f"{number:.{digits}f}"
+            for number in (*own[["value", "low", "high"]].mean(), own.value.min(), own.value.max())
+        )
+        return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if len(own) > 1 else "")
+
+    cells = {key: line(own) for key, own in rows.groupby(["method", "metric"], sort=False)}
+    return pd.Series(cells).unstack().loc[rows.method.unique(), rows.metric.unique()]
+
+
+def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """Every pair of methods on the same test images, for every seed that both have.
+
+    Returns:
+        `first`, `second`, `seed`; `only_first`, `only_second` and `p_value` of McNemar's exact
+        test; `auroc_difference` (second - first) with its paired bootstrap interval `low`, `high`,
+        and, where the data name groups, `group_low`, `group_high` from drawing whole groups.
+    """
+    rows = []
+    methods = dict.fromkeys(method for method, _ in runs)
+    for first, second in itertools.combinations(methods, 2):
+        for seed in (seed for method, seed in runs if method == first and (second, seed) in runs):
+            tables = [runs[method, seed].predictions for method in (first, second)]
+            targets = tables[0].target.to_numpy()
+            probabilities = [t.filter(regex="^p_").to_numpy() for t in tables]
+            difference = paired_difference(targets, *probabilities, "auroc")
+            row = {"first": first, "second": second, "seed": seed}
+            row |= mcnemar(targets, *(t.predicted.to_numpy() for t in tables))
+            row |= {"auroc_difference": difference.pop("value")} | difference
+            groups = tables[0].group.to_numpy()
+            if (groups != "").all():
+                drawn = paired_difference(targets, *probabilities, "auroc", groups=groups)
+                row |= {"group_low": drawn["low"], "group_high": drawn["high"]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def histories(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """All histories under each other, with `method` and `seed`."""
+    return pd.concat(
+        [run.history.assign(method=method, seed=seed) for (method, seed), run in runs.items()]
+    )
+
+
+def operating_points(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """ROC and precision-recall points, first seed of each method.
+
+    Of the positive class; of more than two classes micro-averaged, each class against the rest.
+
+    Returns:
+        `method`, `curve` (roc or pr), `x`, `y`.
+    """
+    tables = []
+    for method, run in first_seed(runs).items():
+        scores = run.predictions.filter(regex="^p_").to_numpy()
+        targets = np.eye(scores.shape[1])[run.predictions.target]
+        if scores.shape[1] == 2:
+            targets, scores = targets[:, 1], scores[:, 1]
+        targets, scores = targets.ravel(), scores.ravel()
+        false, true, _ = roc_curve(targets, scores)
+        precision, recall, _ = precision_recall_curve(targets, scores)
+        for curve, x, y in (("roc", false, true), ("pr", recall, precision)):
+            tables.append(pd.DataFrame({"method": method, "curve": curve, "x": x, "y": y}))
+    return pd.concat(tables)
+
+
+def reliability_rows(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """`metrics.reliability` of the first seed of each method, with `method`."""
+    return pd.concat(
+        reliability(
+            run.predictions.target.to_numpy(), run.predictions.filter(regex="^p_").to_numpy()
+        ).assign(method=method)
+        for method, run in first_seed(runs).items()
+    )
+
+
+def first_seed(runs: dict[tuple[str, int], Run]) -> dict[str, Run]:
+    """The run of each method with the first seed."""
+    found: dict[str, Run] = {}
+    for (method, _), run in runs.items():
+        found.setdefault(method, run)
+    return found
+
+
+def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
+    """One row per run: `method`, `seed`, `rank`, `targets`, `train_fraction`, `train_chips`,
+    `trainable_parameters` and the test metric with its interval."""
+    return pd.DataFrame(
+        {
+            "run": name,
+            "method": run.record["method"],
+            "seed": run.record["config"]["seed"],
+            "rank": run.record["config"]["lora_rank"],
+            "targets": "+".join(run.record["config"]["lora_targets"]),
+            "train_fraction": run.record["config"]["train_fraction"],
+            "train_chips": run.record["chips"]["train"],
+            "trainable_parameters": run.record["parameters"]["trainable"],
+            **own_test(run)[metric],
+        }
+        for name, run in runs.items()
+    )
+
+
+def by_training_chips(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:
+    """Rows of `sweep_rows` for head_only and lora at every training-set size, first seed."""
+    rows = sweep_rows(runs, metric)
+    common = (rows["rank"] == config.lora_rank) & (rows.targets == "+".join(config.lora_targets))
+    return rows[common & rows.method.isin(["head_only", "lora"]) & (rows.seed == config.seeds[0])]
+
+
+def headline_rows(runs: dict[str, Run], config: CompareConfig) -> pd.DataFrame:
+    """What `plots.headline` draws: `test_rows` of accuracy and AUROC, and AUROC by training chips.
+
+    `panel` says which: methods, or training chips.
+    """
+    tests = test_rows(main_runs(runs, config), ("accuracy", "auroc"))
+    by_size = by_training_chips(runs, config, "auroc").assign(metric="auroc")
+    columns = ["method", "seed", "metric", "train_chips", "value", "low", "high"]
+    return pd.concat(
+        [tests.assign(panel="methods"), by_size[columns].assign(panel="training chips")]
+    )
+
+
+def by_shape(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:
+    """Rows of `sweep_rows` for lora of every rank and set of layers, with all training chips.
+
+    The common shape has no more seeds than the others. `method` names the layers.
+    """
+    rows = sweep_rows(runs, metric).query("method == 'lora' & train_fraction == 1")
+    rows = rows[rows.seed.isin(config.seeds[: config.sweep_seeds])]
+    return rows.assign(method="LoRA on " + rows.targets)
+
+
+def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFrame:
+    """Where a training step's time goes: median seconds of its parts over some steps.
+
+    Parts: `data` (take and augment a batch of decoded chips, move it to the device), `forward`,
+    `backward` and `optimizer`. The first two steps, which warm up, are left out.
+    """
+    model, group, examples = training_setup(config, data)
+    accelerator = new_accelerator(config)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
+    model.train()
+    rows = []
+    order = torch.randint(len(examples.targets), (steps, config.batch_size))
+    for batch in order:
+        marks = [time.perf_counter()]
+
+        def mark():
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())  # noqa: B023
+
+        chips = examples.take(batch, torch.randint(8, batch.shape)).to(accelerator.device)
+        targets = examples.targets[batch].to(accelerator.device)
+        mark()
+        loss = torch.nn.functional.cross_entropy(model(chips), targets)
+        mark()
+        accelerator.backward(loss)
+        mark()
+        optimizer.step()
+        optimizer.zero_grad()
+        mark()
+        rows.append(np.diff(marks))
+    parts = ["data", "forward", "backward", "optimizer"]
+    median = np.median(rows[2:], axis=0)
+    table = pd.DataFrame({"seconds": median, "share": median / median.sum()}, index=parts)
+    return table.rename_axis("part")
+
+
+def full_set_cost(runs: dict[tuple[str, int], Run], chips: int = 1_000_000) -> pd.DataFrame:
+    """What one pass of training over a large set would take, from the measured images per second.
+
+    Hours = chips / images per second / 3600. A head-only pass is the forward pass for the
+    features, which is done once for all epochs; the others need a pass every epoch.
+    """
+    rates = pd.DataFrame(
+        {
+            "method": method,
+            "images_per_second": run.record.get("features_per_second")
+            or run.history.images_per_second.median(),
+        }
+        for (method, _), run in runs.items()
+    )
+    table = rates.groupby("method", sort=False).median()
+    return table.assign(hours_per_pass=chips / table.images_per_second / 3600)

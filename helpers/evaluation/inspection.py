@@ -1,0 +1,60 @@
+"""What a backbone sees, and how far training moved it."""
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+from torch.nn import functional
+
+from helpers.models.classifier import Classifier
+
+
+@torch.inference_mode()
+def token_components(classifier: Classifier, chips: Tensor) -> np.ndarray:
+    """First three principal components of all patch tokens, as colours at chip size.
+
+    The picture that DINOv2 is known for (Oquab et al. 2023, figure 1), here with one common PCA
+    over all chips, so that equal colours mean similar tokens. The mean token of each position is
+    taken off first: it says where a patch lies in the chip, not what it shows.
+
+    Args:
+        classifier: its head is not used.
+        chips: (N, bands, S, S).
+
+    Returns:
+        (N, S, S, 3) float in 0..1.
+    """
+    classifier.eval()
+    tokens = classifier.backbone.forward_features(classifier.normalize(chips))
+    patches = tokens[:, classifier.backbone.num_prefix_tokens :].cpu()
+    side = classifier.backbone.patch_embed.grid_size[0]
+    patches = patches - patches.mean(dim=0)
+    components = PCA(3, random_state=0).fit_transform(patches.flatten(0, 1).numpy())
+    low, high = np.percentile(components, [1, 99], axis=0)
+    colours = torch.from_numpy(((components - low) / (high - low)).clip(0, 1))
+    maps = colours.view(len(chips), side, side, 3).permute(0, 3, 1, 2)
+    large = functional.interpolate(maps, size=chips.shape[-1], mode="bicubic").clamp(0, 1)
+    return large.permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def weight_changes(before: Classifier, after: Classifier) -> pd.DataFrame:
+    """How far training moved each linear layer of the blocks.
+
+    Returns:
+        `block` (index), `layer` (such as attn.qkv) and `relative_change`: the Frobenius norm of
+        the difference over that of the weight before; for a merged LoRA that is |B A| alpha / r
+        over |W|.
+    """
+    rows = []
+    for block, (old, new) in enumerate(
+        zip(before.backbone.blocks, after.backbone.blocks, strict=True)
+    ):
+        modules = dict(new.named_modules())
+        for name, module in old.named_modules():
+            if isinstance(module, nn.Linear):
+                difference = modules[name].weight - module.weight
+                change = float(difference.norm() / module.weight.norm())
+                rows.append({"block": block, "layer": name, "relative_change": change})
+    return pd.DataFrame(rows)

@@ -1,0 +1,190 @@
+"""Where a classifier is right, and what it reads: accuracy by place, and a check for shortcuts.
+
+A shortcut (Geirhos et al. 2020, arXiv:2004.07780) is a cue that tells the classes apart in this
+data set and nowhere else. In overhead imagery the usual one is the acquisition: where the classes
+come from different passes, haze, sharpness and brightness can stand in for what is on the ground.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from helpers.data.dataset import ChipData, ChipDataset, band_statistics
+from helpers.evaluation.baselines import logistic_probe
+from helpers.metrics import evaluate, metric_columns
+from helpers.models.classifier import Classifier, head_columns
+from helpers.training.features import batches
+
+_SHOWN = ("accuracy", "auroc")
+
+
+ACQUISITION_ALONE = "acquisition statistics alone"
+
+
+def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy in every group of the manifest (a place, a scene), the largest first.
+
+    Args:
+        predictions: of a run, with `group, target, predicted` and `p_<class>` for each class.
+
+    Returns:
+        `group, chips, positives` (share of the last class), `accuracy` with its exact 95 % interval
+        (Clopper and Pearson 1934) `low, high`; no rows where the data have no groups.
+    """
+    known = predictions.assign(right=predictions.predicted == predictions.target)
+    last = predictions.columns.str.startswith("p_").sum() - 1
+    rows = []
+    for group, chips in known[known.group != ""].groupby("group"):
+        interval = binomtest(int(chips.right.sum()), len(chips)).proportion_ci()
+        rows.append(
+            {
+                "group": group,
+                "chips": len(chips),
+                "positives": (chips.target == last).mean(),
+                "accuracy": chips.right.mean(),
+                "low": interval.low,
+                "high": interval.high,
+            }
+        )
+    columns = ["group", "chips", "positives", "accuracy", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.sort_values(["chips", "group"], ascending=[False, True], ignore_index=True)
+
+
+def accuracy_intervals(predictions: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Accuracy as `value, low, high`, first drawing chips, then drawing whole groups."""
+    targets = predictions.target.to_numpy()
+    probabilities = predictions.filter(regex="^p_").to_numpy()
+    by_chip, by_group = (
+        evaluate(targets, probabilities, groups=groups).loc["accuracy"]
+        for groups in (None, predictions.group.to_numpy())
+    )
+    return by_chip, by_group
+
+
+def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Changes that take one cue of the acquisition away; each maps chips (N, bands, S, S) float.
+
+    Blur takes sharpness; grey takes colour; giving every chip the mean and deviation of the
+    training chips, band by band, takes brightness, contrast and colour cast (haze is mostly that).
+    """
+    mean, std = (torch.from_numpy(s)[:, None, None] for s in band_statistics(data, image_size))
+
+    def same_statistics(chips: Tensor) -> Tensor:
+        own_mean = chips.mean(dim=(2, 3), keepdim=True)
+        own_std = chips.std(dim=(2, 3), keepdim=True).clamp_min(1e-6)
+        return (chips - own_mean) / own_std * std.to(chips) + mean.to(chips)
+
+    def blurred(chips: Tensor, sigma: float) -> Tensor:
+        return gaussian_blur(chips, kernel_size=2 * int(3 * sigma) + 1, sigma=sigma)
+
+    return {
+        "as it is": lambda chips: chips,
+        "blurred, sigma 1 px": lambda chips: blurred(chips, 1.0),
+        "blurred, sigma 2 px": lambda chips: blurred(chips, 2.0),
+        "grey": lambda chips: chips.mean(dim=1, keepdim=True).expand_as(chips),
+        "equal mean and deviation": same_statistics,
+        "equal mean and deviation, blurred": lambda c: blurred(same_statistics(c), 2.0),
+    }
+
+
+def acquisition_statistics(dataset: ChipDataset) -> np.ndarray:
+    """How sharp, hazy and bright each chip is, (N, 6), with nothing about what it shows.
+
+    Variance of the Laplacian and mean gradient (sharpness), mean and 10 % quantile of the dark
+    channel (haze: He et al. 2009), mean and deviation of the brightness.
+    """
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    rows = []
+    for chips, _ in batches(dataset, 256):
+        chips = chips.float()
+        grey, dark = chips.mean(dim=1, keepdim=True), chips.amin(dim=1).flatten(1)
+        laplacian = torch.nn.functional.conv2d(grey, kernel).flatten(1)
+        gradient = sum(grey.diff(dim=d).abs().mean(dim=(1, 2, 3)) for d in (2, 3))
+        grey = grey.flatten(1)
+        rows.append(
+            torch.stack(
+                [
+                    laplacian.var(dim=1).log1p(),
+                    gradient,
+                    dark.mean(dim=1),
+                    dark.quantile(0.1, dim=1),
+                    grey.mean(dim=1),
+                    grey.std(dim=1),
+                ],
+                dim=1,
+            )
+        )
+    return torch.cat(rows).numpy()
+
+
+def shortcut_check(
+    classifier: Classifier, data: ChipData, *, device: str = "cpu", train_chips: int = 2000
+) -> pd.DataFrame:
+    """What remains of a classifier when cues of the acquisition are taken away.
+
+    Two questions for each degradation: does the classifier itself still work (`as trained`), and
+    how much do features of equally degraded training chips still tell (`refitted`, a logistic
+    regression on the frozen [CLS, mean patch] features)? And how far do the statistics of the
+    acquisition come alone.
+
+    Args:
+        classifier: for its backbone and head.
+        data: two or more classes.
+        device: where forward passes run.
+        train_chips: at most so many training chips, evenly spaced, for the refitted heads.
+
+    Returns:
+        `chips` (the degradation, or `acquisition statistics alone`), `head`, and value, low and
+        high (95 % bootstrap) of accuracy and AUROC on the test split.
+    """
+    size = classifier.config.image_size
+    train, test = (data.dataset(split, size) for split in ("train", "test"))
+    chosen = np.linspace(0, len(train) - 1, min(train_chips, len(train))).round().astype(int)
+    train_part = torch.utils.data.Subset(train, chosen.tolist())
+    targets, truth = train.targets[chosen].numpy(), test.targets.numpy()
+    classifier = classifier.to(device).eval()
+    predictions = {}
+    changes = degradations(data, size)
+    of_train, of_test = (
+        _degraded(classifier, part, changes, device) for part in (train_part, test)
+    )
+    for name in changes:
+        (train_features, _), (test_features, own) = of_train[name], of_test[name]
+        predictions[name, "as trained"] = own
+        predictions[name, "refitted"] = logistic_probe(train_features, targets, test_features)
+    predictions[ACQUISITION_ALONE, "refitted"] = logistic_probe(
+        acquisition_statistics(train), train.targets.numpy(), acquisition_statistics(test)
+    )
+    rows = []
+    for (chips, head), probabilities in predictions.items():
+        numbers = metric_columns(truth, probabilities, _SHOWN)
+        rows.append({"chips": chips, "head": head} | numbers)
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def _degraded(
+    classifier: Classifier, dataset, changes: dict[str, Callable[[Tensor], Tensor]], device: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """[CLS, mean patch] features (N, 2 * width) and probabilities (N, classes) by change.
+
+    Every file is decoded once for all changes.
+    """
+    parts = {name: ([], []) for name in changes}
+    for chips, _ in batches(dataset, 64):
+        chips = chips.to(device).float()
+        for name, (features, probabilities) in parts.items():
+            own = classifier.features(changes[name](chips))
+            columns = head_columns(own, classifier.config.head_input)
+            probabilities.append(classifier.linear_head(columns).softmax(dim=1).cpu())
+            features.append(head_columns(own, "cls+mean").cpu())
+    return {
+        name: (torch.cat(features).numpy(), torch.cat(probabilities).double().numpy())
+        for name, (features, probabilities) in parts.items()
+    }

@@ -1,0 +1,140 @@
+"""`Classifier` = `backbone` + `linear_head`, and its normalisation."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from helpers import InputError
+from helpers.models.backbones import (
+    ARCHITECTURES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_choice,
+    check_image_size,
+    create_backbone,
+)
+
+HEAD_INPUTS = {"cls": 1, "cls+mean": 2, "4xcls+mean": 5}
+"""Name of a head input -> its width in units of the backbone's embedding width."""
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What is needed to rebuild and use a classifier, apart from its weights.
+
+    Args:
+        backbone: a name in `ARCHITECTURES`.
+        weights: `pretrained`, `random` or a file's path; a label once weights are loaded.
+        image_size: side of the square chips in pixels, a multiple of 14.
+        bands: zero-based bands of the files that make a chip, in order.
+        classes: class names; for two classes the second is the positive one.
+        head_input: a name in `HEAD_INPUTS`.
+        mean: per band, in units of the chips (8-bit chips: 0 to 255).
+        std: per band, in units of the chips.
+    """
+
+    backbone: str
+    weights: str
+    image_size: int
+    bands: tuple[int, ...]
+    classes: tuple[str, ...]
+    head_input: str = "cls"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self):
+        """Raise InputError for a field that no classifier can be built from."""
+        check_choice("backbone", self.backbone, ARCHITECTURES)
+        check_choice("head_input", self.head_input, HEAD_INPUTS)
+        check_image_size(self.image_size)
+        if len(self.classes) < 2:
+            raise InputError(f"classes: at least two are needed, got {list(self.classes)}")
+        if not len(self.mean) == len(self.std) == len(self.bands):
+            raise InputError(
+                f"mean ({len(self.mean)}) and std ({len(self.std)}) need one value for each of the "
+                f"{len(self.bands)} bands"
+            )
+
+
+def config_from_json(fields: dict) -> ClassifierConfig:
+    """Rebuild a configuration from its JSON form, in which tuples are lists."""
+    return ClassifierConfig(
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    )
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear head on chips as they come from `ChipDataset`.
+
+    Normalisation is part of it, so that chips travel to the device as uint8 and no caller can
+    forget it.
+    """
+
+    def __init__(self, config: ClassifierConfig, backbone: VisionTransformer):
+        """Join a backbone built for config.image_size and len(config.bands) with a new head."""
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        width = backbone.embed_dim * HEAD_INPUTS[config.head_input]
+        # As in DINOv2's linear evaluation: a small random weight, no bias.
+        self.linear_head = nn.Linear(width, len(config.classes))
+        nn.init.normal_(self.linear_head.weight, std=0.01)
+        nn.init.zeros_(self.linear_head.bias)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(config, name), dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def normalize(self, chips: Tensor) -> Tensor:
+        """Chips (N, bands, S, S), uint8 or float in file units -> what the backbone expects."""
+        return (chips.to(self.mean.dtype) - self.mean) / self.std
+
+    def features(self, chips: Tensor) -> Tensor:
+        """All head inputs at once: chips (N, bands, S, S) -> (N, 5 * width).
+
+        The columns are the normalised CLS tokens of the last four blocks, earliest first, then
+        the mean patch token of the last; `head_columns` picks one head input out of them.
+        """
+        tokens = self.backbone.forward_intermediates(
+            self.normalize(chips),
+            indices=4,
+            norm=True,
+            return_prefix_tokens=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+        )
+        classes = [prefix[:, 0] for _, prefix in tokens]
+        return torch.cat([*classes, tokens[-1][0].mean(dim=1)], dim=1)
+
+    def forward(self, chips: Tensor) -> Tensor:
+        """Chips (N, bands, S, S), uint8 or float in file units -> logits (N, classes)."""
+        if self.config.head_input == "4xcls+mean":
+            return self.linear_head(self.features(chips))
+        tokens = self.backbone.forward_features(self.normalize(chips))
+        inputs = tokens[:, 0]
+        if self.config.head_input == "cls+mean":
+            patches = tokens[:, self.backbone.num_prefix_tokens :]
+            inputs = torch.cat([inputs, patches.mean(dim=1)], dim=1)
+        return self.linear_head(inputs)
+
+    def with_head(self, head_input: str, linear_head: nn.Linear) -> "Classifier":
+        """The same backbone (shared, not copied) with a trained head on one head input."""
+        classifier = Classifier(replace(self.config, head_input=head_input), self.backbone)
+        classifier.linear_head.load_state_dict(linear_head.state_dict())
+        return classifier.to(self.mean.device).eval()
+
+
+def head_columns(features: Tensor, head_input: str) -> Tensor:
+    """The columns of `Classifier.features` (..., 5 * width) that make up one head input."""
+    width = features.shape[-1] // 5
+    stop = {"cls": 4}.get(head_input, 5) * width
+    return features[..., stop - HEAD_INPUTS[head_input] * width : stop]
+
+
+def create_classifier(config: ClassifierConfig) -> Classifier:
+    """Return a new classifier: the backbone with its weights and an untrained head."""
+    backbone = create_backbone(
+        config.backbone, config.weights, config.image_size, len(config.bands)
+    )
+    return Classifier(config, backbone)

@@ -1,0 +1,1 @@
+"""Figures and sentences, made from tables that were computed elsewhere."""

@@ -1,0 +1,248 @@
+"""Figures of the benchmark, each drawn from a table that is also on disk."""
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from helpers.deployment.variants.source import REFERENCE
+from helpers.reporting.plots import PAGE, PALETTE
+
+_FAMILIES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pruned": "PyTorch, pruned",
+             "structured": "PyTorch, pruned", "sparse": "PyTorch, pruned"}  # fmt: skip
+
+
+_COLOURS = dict(
+    zip(("PyTorch", "PyTorch, pruned", "ONNX Runtime", "OpenVINO"), PALETTE, strict=False)
+)
+
+
+_MARKERS = {"PyTorch": "o", "PyTorch, pruned": "v", "ONNX Runtime": "s", "OpenVINO": "D"}
+
+
+_FAR = 8
+
+
+def _family(variant: str) -> str:
+    return _FAMILIES.get(variant.split("_")[0], "PyTorch")
+
+
+def captioned(table: pd.DataFrame, caption: str, precision: int = 3):
+    """A table as a notebook shows it: a caption that names what it was measured with."""
+    numbers = table.style.format(precision=precision, na_rep="").hide(axis="index")
+    return numbers.set_caption(caption).set_uuid("table")
+
+
+def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
+    """`measure_quality` as narrow as a page: intervals beside their values."""
+    loss, low, high = (quality[f"accuracy_loss_points{end}"] for end in ("", "_low", "_high"))
+    columns = ["precision", "recall", "f1", "auroc", "max_logit_difference", "agreement"]
+    view = quality[["variant", *columns]].rename(columns={"max_logit_difference": "max Δ logit"})
+    view.insert(1, "accuracy", [
+        f"{r.accuracy:.3f} [{r.accuracy_low:.3f}, {r.accuracy_high:.3f}]"
+        for r in quality.itertuples()
+    ])  # fmt: skip
+    lost = [f"{a:+.2f} [{b:+.2f}, {c:+.2f}]" for a, b, c in zip(loss, low, high, strict=True)]
+    return view.assign(**{"points lost": lost, "gate": quality.passes_gate})
+
+
+def latency_view(latency: pd.DataFrame) -> pd.DataFrame:
+    """`latency_table` with one row per variant: percentiles that the samples carry, speedups."""
+    columns = [name for name in latency if name.endswith("_ms")] + ["speedup"]
+    wide = latency.pivot(index="variant", columns="batch_size", values=columns)
+    wide = wide.loc[latency.variant.unique()].dropna(axis="columns", how="all")
+    wide.columns = [
+        f"{name.removesuffix('_ms')}, {'1 chip' if size == 1 else f'{size} chips'}"
+        for name, size in wide.columns
+    ]
+    return wide.reset_index()
+
+
+def scenario_view(scenarios: pd.DataFrame) -> pd.DataFrame:
+    """`measure_scenarios` as narrow as a page; latencies in ms."""
+    names = {
+        "variant": "variant", "scenario": "scenario", "target_qps": "offered/s",
+        "queries": "queries", "answered_per_second": "images/s", "p50_ms": "p50", "p90_ms": "p90",
+        "p95_ms": "p95", "p99_ms": "p99", "mean_batch": "batch", "refused": "refused",
+        "errors": "errors", "loadgen_valid": "valid",
+    }  # fmt: skip
+    return scenarios[list(names)].rename(columns=names)
+
+
+def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
+    """Accuracy against latency and against memory; hollow marks fail the gate.
+
+    The line joins what nothing else beats in both; only that and the reference are named. What
+    loses more than _FAR points is named in a corner, or the rest would be one line.
+    """
+    rows = summary[summary.accuracy.notna()]
+    reference = rows[rows.variant == REFERENCE].iloc[0]
+    far = rows[rows.accuracy < reference.accuracy - _FAR / 100]
+    rows = rows.drop(index=far.index)
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 4.4), sharey=True)
+    panels = (
+        ("p50_ms", "median latency of one chip (ms)"),
+        ("peak_mib", "peak memory of the process (MiB)"),
+    )
+    for axis, (cost, label) in zip(axes, panels, strict=True):
+        floor = 100 * reference.accuracy - gate_points
+        axis.axhline(floor, color="0.4", linestyle=":", label="quality gate")
+        for row in rows.itertuples():
+            family = _family(row.variant)
+            face = _COLOURS[family] if row.passes_gate else "none"
+            axis.plot(
+                getattr(row, cost), 100 * row.accuracy, _MARKERS[family], color=_COLOURS[family],
+                markerfacecolor=face, markersize=8,
+            )  # fmt: skip
+        front = _front(rows, cost)
+        axis.plot(front[cost], 100 * front.accuracy, color="0.6", zorder=0)
+        named = pd.concat([front, rows[rows.variant == REFERENCE]]).drop_duplicates("variant")
+        _name_points(axis, named[cost], 100 * named.accuracy, named.variant)
+        axis.set(xlabel=label, xscale="log")
+        _plain_log(axis.xaxis)
+        axis.margins(x=0.2, y=0.25)
+    axes[0].set_ylabel("test accuracy (%)")
+    _family_legend(axes[1], rows.variant)
+    below = ", ".join(f"{row.variant} {row.accuracy:.1%}" for row in far.itertuples())
+    if below:
+        corner = {"transform": axes[1].transAxes, "fontsize": 8, "ha": "right"}
+        axes[1].text(0.98, 0.02, f"below this panel: {below}", **corner)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Rows that no other beats in accuracy without a higher cost, cheapest first."""
+    ordered = rows.sort_values([cost, "accuracy"], ascending=[True, False])
+    return ordered[ordered.accuracy > ordered.accuracy.cummax().shift(fill_value=-np.inf)]
+
+
+def _name_points(axis, x, y, names) -> None:
+    """The reference below its point, others above."""
+    for left, height, name in zip(x, y, names, strict=True):
+        offset = (0, -16 if name == REFERENCE else 9)
+        axis.annotate(
+            name, (left, height), xytext=offset, textcoords="offset points", fontsize=8, ha="center"
+        )
+
+
+def _plain_log(axis) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _family_legend(axis, variants, loc: str = "best") -> None:
+    for family in dict.fromkeys(map(_family, variants)):
+        axis.plot([], [], _MARKERS[family], color=_COLOURS[family], label=family)
+    axis.legend(fontsize=8, loc=loc)
+
+
+def latency_distributions(samples: pd.DataFrame, title: str) -> Figure:
+    """Box plots of the latency of one chip (the smallest batch), fastest variant on top."""
+    smallest = samples[samples.batch_size == samples.batch_size.min()]
+    order = smallest.groupby("variant").seconds.median().sort_values(ascending=False).index
+    figure, axis = plt.subplots(figsize=(PAGE, 0.8 + 0.26 * len(order)))
+    groups = [1e3 * smallest.seconds[smallest.variant == name] for name in order]
+    boxes = axis.boxplot(groups, orientation="horizontal", patch_artist=True, sym=".", widths=0.6)
+    for name, box, median in zip(order, boxes["boxes"], boxes["medians"], strict=True):
+        box.set(facecolor=_COLOURS[_family(name)], alpha=0.6)
+        median.set(color="black")
+    axis.set_yticks(range(1, len(order) + 1), order)
+    axis.set(xscale="log", xlabel="latency of one prediction (ms); box: quartiles, dots: outliers")
+    _plain_log(axis.xaxis)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str) -> Figure:
+    """Latency and answered rate against the offered load; capacity is the Offline rate."""
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.6))
+    for percentile, colour in zip((50, 90, 95), PALETTE, strict=False):
+        axes[0].plot(
+            curve.target_qps, curve[f"p{percentile}_ms"], "o-", color=colour, label=f"p{percentile}"
+        )
+    axes[0].axhline(bound_ms, color="0.4", linestyle=":", label="bound")
+    axes[0].set(yscale="log", ylabel="latency from scheduled arrival (ms)")
+    _plain_log(axes[0].yaxis)
+    axes[1].plot(curve.target_qps, curve.answered_per_second, "o-", label="answered")
+    if curve.refused.any():
+        share = curve.refused / (curve.refused + curve["samples"])
+        axes[1].plot(curve.target_qps, share * curve.target_qps, "s--", label="refused")
+    axes[1].plot(curve.target_qps, curve.target_qps, color="0.6", zorder=0, label="offered")
+    axes[1].set(ylabel="queries per second")
+    for axis in axes:
+        axis.axvline(capacity, color="0.4", linestyle="--", label="capacity (Offline)")
+        axis.set(xlabel="offered load (queries per second, Poisson)", xlim=(0, None))
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
+    """Achieved rate of every variant, at its smallest and largest batch, under the limits."""
+    figure, axis = plt.subplots(figsize=(PAGE, 4.6))
+    intensity = np.geomspace(table.intensity.min() / 2, table.intensity.max() * 4, 100)
+    styles = dict(zip(("fp32", "bf16", "int8"), ("-", "--", ":"), strict=True))
+    for precision, style in styles.items():
+        limit = np.minimum(limits[precision], intensity * limits["bytes_per_s"])
+        label = f"limit {precision}: {limits[precision] / 1e9:.0f} GFLOP/s"
+        axis.plot(intensity, limit / 1e9, style, color="0.3", label=label)
+    ends = table[table.batch_size.isin([table.batch_size.min(), table.batch_size.max()])]
+    for variant, rows in ends.groupby("variant", sort=False):
+        family = _family(variant)
+        axis.plot(
+            rows.intensity, rows.flops_per_s / 1e9, _MARKERS[family] + "-",
+            color=_COLOURS[family], linewidth=0.6, alpha=0.8,
+        )  # fmt: skip
+    largest = ends[ends.batch_size == ends.batch_size.max()]
+    fastest = largest.loc[[largest.flops_per_s.idxmax()]]
+    named = pd.concat([fastest, largest[largest.variant == REFERENCE]]).drop_duplicates("variant")
+    for row in named.itertuples():
+        axis.annotate(
+            row.variant,
+            (row.intensity, row.flops_per_s / 1e9),
+            xytext=(8, -14 if row.variant == REFERENCE else -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte that must move (FLOP/byte); left end: smallest batch",
+        ylabel="achieved (GFLOP/s)",
+    )
+    _plain_log(axis.yaxis)
+    _family_legend(axis, table.variant, "lower right")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Figure:
+    """Throughput and tail latency beside competing processes, and with more model processes."""
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE, 3.2))
+    offline = competition[competition.scenario == "Offline"]
+    server = competition[competition.scenario == "Server"]
+    axes[0].bar(offline.competing.astype(str), offline.answered_per_second, color=PALETTE[0])
+    axes[0].set(xlabel="competing processes", ylabel="Offline (images/s)")
+    axes[1].bar(server.competing.astype(str), server.p95_ms, color=PALETTE[1])
+    axes[1].set(xlabel="competing processes", ylabel="p95 at half the capacity (ms)")
+    groups = scaling.groupby("variant", sort=False)
+    for (variant, rows), colour in zip(groups, PALETTE[2:], strict=False):
+        ideal = rows.images_per_s.iloc[0] * rows.processes / rows.processes.iloc[0]
+        axes[2].plot(rows.processes, rows.images_per_s, "o-", color=colour, label=variant)
+        axes[2].plot(rows.processes, ideal, ":", color=colour)
+    axes[2].set(
+        xlabel="model processes (dotted: ideal)", ylabel="Offline (images/s)", ylim=(0, None),
+        xticks=scaling.processes.unique(),
+    )  # fmt: skip
+    axes[2].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure

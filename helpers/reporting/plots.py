@@ -1,0 +1,406 @@
+"""Every figure of the training notebooks, from tables and arrays that were computed elsewhere.
+
+Each function returns a matplotlib figure; `save` writes it and the table behind it.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from helpers.records import written_whole
+
+PALETTE = sns.color_palette("colorblind")
+
+
+PAGE = 9.0  # inches, the width of a rendered notebook
+
+
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+}
+
+
+def use_style() -> None:
+    """Set the look of every figure: colour-blind-safe, readable at page width."""
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9)
+    matplotlib.rcParams |= {
+        "figure.dpi": 100,
+        "savefig.dpi": "figure",
+        "axes.titlesize": "medium",
+    }
+
+
+def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) -> Figure:
+    """Write a figure as PNG and, beside it, the table it was drawn from as CSV."""
+    path = Path(path)
+    with written_whole(path) as part:
+        # Without the Software entry the same figure is the same file everywhere.
+        figure.savefig(part, bbox_inches="tight", metadata={"Software": None})
+    if table is not None:
+        with written_whole(path.with_suffix(".csv")) as part:
+            table.to_csv(part, index=False, float_format="%.6g")
+    plt.close(figure)
+    return figure
+
+
+def as_rgb(chip: np.ndarray) -> np.ndarray:
+    """A chip (bands, H, W) as (H, W, 3) in 0..1: its first three bands, or the first as grey.
+
+    Values that are not 8-bit are stretched from their 2nd to their 98th percentile.
+    """
+    bands = chip[:3] if len(chip) >= 3 else chip[:1].repeat(3, axis=0)
+    image = np.moveaxis(bands, 0, 2).astype(np.float32)
+    if chip.dtype == np.uint8:
+        return image / 255
+    low, high = np.percentile(image, [2, 98])
+    return np.clip((image - low) / max(high - low, 1e-9), 0, 1)
+
+
+def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None) -> Figure:
+    """Rows of images under a name each; images are (bands, H, W) chips or (H, W, 3) colours."""
+    columns = max(len(images) for images in rows.values())
+    lines = 1 + max((title.count("\n") + 1 for title in titles or []), default=0)
+    height = PAGE / columns + 0.17 * lines
+    figure, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(PAGE, height * len(rows)),
+        squeeze=False,
+        layout="constrained",
+        dpi=70,  # photographs make large files
+    )
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image if image.shape[-1] == 3 else as_rgb(image))
+        line[0].set_title(name, loc="left", fontsize=10)
+    for axis, title in zip(axes.flat, titles or [], strict=False):
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+def training_curves(history: pd.DataFrame, title: str) -> Figure:
+    """Loss, accuracy and AUROC by epoch; a dotted line marks the epoch that was kept."""
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.2))
+    best = history.epoch[history.valid_loss.idxmin()]
+    panels = (
+        ("loss (mean cross entropy per image)", {"train": "train_loss", "valid": "valid_loss"}),
+        (
+            "share",
+            {
+                "train accuracy": "train_acc",
+                "valid accuracy": "valid_acc",
+                "valid AUROC": "valid_auroc",
+            },
+        ),
+    )
+    for axis, (label, columns) in zip(axes, panels, strict=True):
+        for name, column in columns.items():
+            axis.plot(history.epoch, history[column], label=name)
+        axis.axvline(best, color="0.4", linestyle=":", label=f"kept: epoch {best}")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend(fontsize=8)
+    axes[0].set_ylim(bottom=0)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
+    """Best validation loss of every head: learning rate by head input, a panel a weight decay."""
+    decays = sorted(candidates.weight_decay.unique())
+    figure, axes = plt.subplots(
+        1,
+        len(decays),
+        figsize=(PAGE, 1.2 + 0.5 * candidates.head_input.nunique()),
+        squeeze=False,
+        sharey=True,
+    )
+    limits = {"vmin": candidates.valid_loss.min(), "vmax": candidates.valid_loss.quantile(0.9)}
+    for axis, decay in zip(axes.flat, decays, strict=True):
+        table = candidates[candidates.weight_decay == decay].pivot(
+            index="head_input", columns="learning_rate", values="valid_loss"
+        )
+        sns.heatmap(table, annot=True, fmt=".3f", cmap="cividis_r", cbar=False, ax=axis, **limits)
+        axis.set(
+            title=f"weight decay {decay:g}", xlabel="learning rate (AdamW)", ylabel="head input"
+        )
+        axis.tick_params(axis="y", rotation=0)
+        axis.label_outer()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def intervals(table: pd.DataFrame, title: str) -> Figure:
+    """Values with their intervals: table of `model`, `metric`, `value`, `low`, `high`."""
+    metrics = list(dict.fromkeys(table.metric))
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(PAGE, 0.9 + 0.34 * table.model.nunique()), sharey=True
+    )
+    names = list(dict.fromkeys(table.model))[::-1]
+    for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
+        rows = table[table.metric == metric].set_index("model").loc[names]
+        for height, row in enumerate(rows.itertuples()):
+            colour = PALETTE[(len(names) - 1 - height) % len(PALETTE)]
+            axis.plot([row.low, row.high], [height, height], color=colour, linewidth=2)
+            axis.plot(row.value, height, "o", color=colour)
+        axis.set(title=METRIC_NAMES[metric], yticks=range(len(names)), yticklabels=names)
+        axis.margins(y=0.15)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Figure:
+    """Test accuracy of the largest groups with exact intervals; a line for all groups together.
+
+    Args:
+        table: `method` and the columns of `robustness.accuracy_by_group`.
+        title: names backbone, weights and data.
+        largest: so many groups are shown.
+    """
+    colours = method_colours(list(table.method.unique()))
+    spread = dict(zip(colours, np.linspace(0.4, -0.4, len(colours) + 2)[1:-1], strict=True))
+    sizes = table.groupby("group", sort=False).chips.first().head(largest)[::-1]
+    figure, axis = plt.subplots(
+        figsize=(PAGE * 0.75, 1.0 + (0.13 + 0.09 * len(colours)) * len(sizes))
+    )
+    for method, own in table.groupby("method", sort=False):
+        overall = np.average(own.accuracy, weights=own.chips)
+        rows = own.set_index("group").loc[sizes.index]
+        bars = np.abs(rows[["low", "high"]].to_numpy().T - rows.accuracy.to_numpy())
+        axis.errorbar(
+            rows.accuracy, np.arange(len(rows)) + spread[method], xerr=bars, fmt="o", markersize=4,
+            color=colours[method], capsize=2, label=f"{method}, all groups: {overall:.3f}",
+        )  # fmt: skip
+        axis.axvline(overall, color=colours[method], linestyle="--", linewidth=1)
+    names = [f"{group} ({chips} chips)" for group, chips in sizes.items()]
+    axis.set(
+        yticks=np.arange(len(sizes)), yticklabels=names, xlabel="test accuracy, exact 95 % interval"
+    )
+    axis.tick_params(axis="y", labelsize=8)
+    axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
+    """AUROC on degraded test chips with intervals, for the trained and for the refitted head."""
+    names = list(dict.fromkeys(table.chips))[::-1]
+    figure, axis = plt.subplots(figsize=(PAGE * 0.85, 1.2 + 0.4 * len(names)))
+    for number, (head, rows) in enumerate(table.groupby("head", sort=False)):
+        heights = np.array([names.index(name) for name in rows.chips]) + 0.1 - 0.2 * number
+        bars = np.abs(rows[["auroc_low", "auroc_high"]].to_numpy().T - rows.auroc.to_numpy())
+        axis.errorbar(
+            rows.auroc, heights, xerr=bars, fmt="o", color=PALETTE[number], capsize=2, label=head
+        )
+    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="test AUROC, 95 % interval")
+    axis.legend(title="head", fontsize=8, loc="upper left")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
+    """Counts of test chips by true and predicted class."""
+    figure, axis = plt.subplots(figsize=(3.2 + 0.4 * len(classes), 2.2 + 0.3 * len(classes)))
+    sns.heatmap(
+        np.array(matrix),
+        annot=True,
+        fmt="d",
+        cmap="cividis",
+        cbar=False,
+        xticklabels=classes,
+        yticklabels=classes,
+        ax=axis,
+    )
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    figure.tight_layout()
+    return figure
+
+
+def method_colours(methods: list[str]) -> dict[str, tuple]:
+    """The same colour for a method in every figure; other names in the palette's order."""
+    order = ("head_only", "lora", "dora", "full")
+    return {
+        method: PALETTE[order.index(method) if method in order else number]
+        for number, method in enumerate(methods)
+    }
+
+
+def method_curves(histories: pd.DataFrame, title: str) -> Figure:
+    """Loss and AUROC by epoch per method: train dashed, valid solid; one thin line a seed.
+
+    Args:
+        histories: `method`, `seed` and the columns of a history.
+        title: names backbone, weights and data.
+    """
+    colours = method_colours(list(histories.method.unique()))
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.4))
+    for (method, _), own in histories.groupby(["method", "seed"], sort=False):
+        line = {"color": colours[method], "linewidth": 1.3}
+        axes[0].plot(own.epoch, own.train_loss, linestyle="--", **line)
+        axes[0].plot(own.epoch, own.valid_loss, **line)
+        axes[1].plot(own.epoch, own.valid_auroc, **line)
+    for method, colour in colours.items():
+        axes[1].plot([], [], color=colour, label=method)
+    axes[0].plot([], [], "k--", label="train")
+    axes[0].plot([], [], "k-", label="valid")
+    axes[0].set(xlabel="epoch", ylabel="loss (mean cross entropy per image)", xscale="log")
+    axes[1].set(xlabel="epoch", ylabel="validation AUROC", xscale="log")
+    for axis in axes:
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
+    """A test metric with its interval against a column, on a log axis, one colour a method.
+
+    Args:
+        rows: `method`, `value`, `low`, `high` and the column x.
+        x: name of that column, with underscores for spaces.
+        metric: what the values are, one of METRIC_NAMES.
+        title: names backbone, weights and data.
+        lines: whether to join the points of a method.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.7, 3.4))
+    _against(axis, rows, x, metric, lines)
+    axis.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None:
+    colours = method_colours(list(rows.method.unique()))
+    for method, own in rows.groupby("method", sort=False):
+        own = own.sort_values(x)
+        # Seeds of one method and place stand side by side.
+        number = own.groupby(x).cumcount() - (own.groupby(x)[x].transform("size") - 1) / 2
+        bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
+        axis.errorbar(
+            own[x] * 1.06**number, own.value, bars, fmt="o-" if lines else "o", markersize=4,
+            color=colours[method], capsize=2, linewidth=1, label=method,
+        )  # fmt: skip
+    name = f"test {METRIC_NAMES[metric]}, 95 % interval"
+    axis.set(xscale="log", xlabel=x.replace("train_", "training ").replace("_", " "), ylabel=name)
+    if lines:
+        axis.set_xticks(sorted(rows[x].unique()), minor=False)
+        axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.legend(fontsize=8)
+
+
+def headline(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy and AUROC of every method and seed, and AUROC by number of training chips.
+
+    Args:
+        table: as from `comparison.headline_rows`.
+        title: names backbone, weights and data.
+    """
+    tests, by_size = (table[table.panel == panel] for panel in ("methods", "training chips"))
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE * 1.15, 3.3), width_ratios=(1, 1, 1.25))
+    methods = list(tests.method.unique())
+    colours = method_colours(methods)
+    for axis, metric in zip(axes, ("accuracy", "auroc"), strict=False):
+        for place, method in enumerate(methods):
+            own = tests[(tests.method == method) & (tests.metric == metric)]
+            offsets = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0]
+            bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
+            axis.errorbar(
+                place + np.asarray(offsets), own.value, bars, fmt="o", markersize=4,
+                color=colours[method], capsize=2, linewidth=1,
+            )  # fmt: skip
+        axis.set_xticks(range(len(methods)), [m.replace("_", "\n") for m in methods])
+        axis.set(
+            ylabel=f"test {METRIC_NAMES[metric]}, 95 % interval", xlim=(-0.6, len(methods) - 0.4)
+        )
+    _against(axes[2], by_size, "train_chips", "auroc", lines=True)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
+    """ROC and precision-recall curves: `method`, `curve` (roc or pr), `x`, `y`."""
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.8))
+    colours = method_colours(list(curves.method.unique()))
+    for (method, curve), own in curves.groupby(["method", "curve"], sort=False):
+        axes[int(curve == "pr")].plot(own.x, own.y, color=colours[method], label=method)
+    axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":", label="chance")
+    axes[0].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall")
+    for axis in axes:
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy against confidence per bin; area of a point: images in the bin.
+
+    Args:
+        table: `method`, `confidence`, `accuracy`, `images`.
+        title: names backbone, weights and data.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.5, 3.8))
+    low = min(0.45, table.confidence.min() - 0.05)
+    axis.plot([low, 1], [low, 1], color="0.6", linestyle=":", label="perfectly calibrated")
+    for method, own in table.groupby("method", sort=False):
+        colour = method_colours([method])[method]
+        axis.plot(own.confidence, own.accuracy, color=colour, alpha=0.5)
+        size = 250 * own.images / own.images.sum()
+        axis.scatter(own.confidence, own.accuracy, s=size + 8, color=colour, label=method)
+    axis.set(xlabel="mean confidence of the bin", ylabel="accuracy in the bin", title=title)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Relative change of every linear layer by block (`weight_changes`), a panel a method."""
+    figure, axes = plt.subplots(1, len(changes), figsize=(PAGE, 4), squeeze=False, sharey=True)
+    top = max(table.relative_change.max() for table in changes.values())
+    for axis, (method, table) in zip(axes.flat, changes.items(), strict=True):
+        grid = table.pivot(index="block", columns="layer", values="relative_change")
+        sns.heatmap(
+            grid, annot=True, fmt=".3f", cmap="cividis", vmin=0, vmax=top, ax=axis, cbar=False,
+            annot_kws={"fontsize": 7},
+        )  # fmt: skip
+        axis.set(title=method, xlabel="layer", ylabel="block")
+        axis.tick_params(axis="y", rotation=0)
+        axis.label_outer()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def shares(table: pd.DataFrame, title: str) -> Figure:
+    """One bar split into the shares of its parts: `seconds` and `share`, parts as index."""
+    figure, axis = plt.subplots(figsize=(PAGE, 1.3))
+    left = 0.0
+    for (part, row), colour in zip(table.iterrows(), PALETTE, strict=False):
+        axis.barh(0, row.share, left=left, color=colour, label=f"{part} {row.share:.0%}")
+        left += row.share
+    axis.set(xlim=(0, 1), yticks=[], xlabel="share of a training step", title=title)
+    axis.legend(ncols=len(table), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.55))
+    return figure

@@ -1,0 +1,1 @@
+"""From ChipData and Classifier to a Run."""

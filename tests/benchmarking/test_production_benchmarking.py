@@ -1,0 +1,353 @@
+"""Percentiles, LoadGen and the queue, the gate, limits, and what stops a benchmark."""
+
+import json
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import InputError, production_benchmarking
+from helpers.benchmarking import decision, load_generator, percentiles, quality
+from helpers.benchmarking.bench import BenchmarkConfig, open_bench
+from helpers.benchmarking.limits import flops_per_image, machine_limits
+from helpers.benchmarking.load_generator import LoadSettings, System
+from helpers.models.classifier import ClassifierConfig, create_classifier
+from helpers.models.files import load_classifier, save_classifier
+from helpers.reporting import answers
+from helpers.training.config import RunConfig
+from helpers.training.methods import train
+from helpers.training.runs import save_run
+from tests.fake_data import CLASSES, class_folders, manifest_folder
+
+SIZE = 28
+CHIPS = np.zeros((16, 3, 4, 4), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set and a classifier trained on it."""
+    root = tmp_path_factory.mktemp("bench")
+    manifest_folder(root / "data", counts={"train": 12, "valid": 4, "test": 10})
+    config = RunConfig(
+        data_path=str(root / "data"),
+        weights="random",
+        image_size=SIZE,
+        epochs=20,
+        output_path=str(root / "models"),
+        history_path=str(root / "history"),
+        cache_path=str(root / "cache"),
+        run_name="tiny",
+    )
+    save_run(config, train(config, config.data()))
+    return root
+
+
+def configured(folder, **options):
+    given = {
+        "model_path": str(folder / "models/tiny/model_final.safetensors"),
+        "data_path": str(folder / "data"),
+        "variants": ("eager_fp32",),
+        "output_path": str(folder / "variants"),
+        "results_path": str(folder / "results"),
+        "percentiles": (50,),
+        "batch_sizes": (1, 4),
+        "latency_samples": (6, 5),
+        "load_seconds": 0.2,
+        "threads": 1,
+    }
+    return BenchmarkConfig.checked(**given | options)
+
+
+# --- Percentiles ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("percentile", "n"), [(50, 5), (90, 29), (95, 59), (99, 299)])
+def test_samples_needed_is_the_first_count_that_bounds_the_percentile(percentile, n):
+    assert percentiles.samples_needed(percentile) == n
+    assert 1 - (percentile / 100) ** n >= 0.95 > 1 - (percentile / 100) ** (n - 1)
+
+
+def test_percentiles_without_the_samples_are_left_out():
+    seconds = np.arange(100, 0, -1) / 1000
+    found = percentiles.latency_percentiles(seconds)
+    assert (found["p50_ms"], found["p90_ms"], found["p95_ms"]) == (51, 91, 96)
+    assert np.isnan(found["p99_ms"])
+
+
+def test_a_percentile_with_too_few_samples_is_an_error(folder):
+    with pytest.raises(InputError, match=r"p99 needs at least 299 samples .* there are 6"):
+        open_bench(configured(folder, percentiles=(50, 99)))
+    with pytest.raises(InputError, match="100 is not between 0 and 100"):
+        open_bench(configured(folder, percentiles=(100,)))
+
+
+# --- Load ----------------------------------------------------------------------------------------
+
+
+def sleeper(seconds_per_batch, seen=None):
+    def predict(chips):
+        time.sleep(seconds_per_batch)
+        if seen is not None:
+            seen.append(len(chips))
+        return np.zeros((len(chips), 2), np.float32)
+
+    return predict
+
+
+@pytest.mark.parametrize("scenario", load_generator.SCENARIOS)
+def test_results_agree_with_loadgens_own_log(scenario, tmp_path):
+    system = System([sleeper(0.002)], CHIPS, LoadSettings(seconds=1.0))
+    row = load_generator.run_scenario(system, scenario, 150, log_folder=tmp_path)
+    detail = load_generator.read_detail(tmp_path)
+    assert row["queries"] == detail["result_query_count"]
+    assert row["errors"] == row["refused"] == 0
+    if scenario == "Offline":
+        rate = detail["result_samples_per_second"]
+        assert row["samples"] >= 150
+    else:
+        kind = "per_query_" if scenario == "MultiStream" else ""
+        for q in (50, 90, 95, 99):
+            logged = detail[f"result_{q:.2f}_percentile_{kind}latency_ns"] / 1e6
+            assert row[f"p{q}_ms"] == pytest.approx(logged, rel=1e-6)
+        streams = load_generator.STREAMS if scenario == "MultiStream" else 1
+        assert row["samples"] == streams * row["queries"]
+        rate = detail.get("result_completed_samples_per_sec", row["answered_per_second"])
+    # LoadGen counts one query less over the same time.
+    assert row["answered_per_second"] == pytest.approx(rate, rel=2 / row["samples"])
+
+
+def test_latency_counts_from_the_scheduled_arrival():
+    """A server ten times too slow answers the last query late by the whole backlog."""
+    system = System(
+        [sleeper(0.01)], CHIPS, LoadSettings(seconds=0.5, max_batch=1, queue_limit=9999)
+    )
+    row = load_generator.run_scenario(system, "Server", 1000)
+    backlog = row["queries"] * 0.01 - row["queries"] / 1000
+    assert row["p99_ms"] > 0.9 * 1e3 * backlog
+    assert not row["within_bound"]
+
+
+def test_a_full_queue_refuses_and_refusals_are_counted():
+    system = System([sleeper(0.05)], CHIPS, LoadSettings(seconds=0.5, max_batch=4, queue_limit=4))
+    row = load_generator.run_scenario(system, "Server", 600)
+    assert row["refused"] > 0 and not row["within_bound"]
+    assert row["samples"] + row["refused"] >= 299
+    assert row["p50_ms"] > 40  # of what was served; refusals take no time
+
+
+def test_batches_gather_up_to_the_maximum_and_no_longer_than_the_wait():
+    seen = []
+    settings = LoadSettings(seconds=0.3, max_batch=4, max_wait_ms=50)
+    system = System([sleeper(0.001, seen)], CHIPS, settings)
+    seen.clear()
+    row = load_generator.run_scenario(system, "Server", 1000)
+    assert max(seen) == 4 and row["mean_batch"] > 3
+    alone = load_generator.run_scenario(system, "SingleStream", 100, percentile=50)
+    assert alone["p50_ms"] > 50  # nobody came
+
+
+def test_a_failing_model_is_counted_and_loadgen_ends():
+    def predict(chips):
+        if len(chips) == 1:
+            raise RuntimeError("no")
+        return np.zeros((len(chips), 2), np.float32)
+
+    system = System([sleeper(0)], CHIPS, LoadSettings(seconds=0.1, max_batch=1))
+    system.predicts = [predict]
+    row = load_generator.run_scenario(system, "Server", 500)
+    assert row["errors"] == row["queries"] and not row["within_bound"]
+
+
+@pytest.mark.parametrize("start", [10, 90, 400])
+def test_the_search_doubles_and_bisects_to_the_highest_rate(start, monkeypatch):
+    def run(system, scenario, rate, **options):
+        return {"target_qps": rate, "within_bound": rate <= 130}
+
+    monkeypatch.setattr(load_generator, "run_scenario", run)
+    system = System([], CHIPS, LoadSettings(seconds=1, bisections=6))
+    table = load_generator.find_server_rate(system, start)
+    best = table.target_qps[table.within_bound].max()
+    assert 0.97 * 130 < best <= 130
+
+
+def test_the_search_gives_up_where_nothing_holds(monkeypatch):
+    monkeypatch.setattr(
+        load_generator,
+        "run_scenario",
+        lambda system, scenario, rate: {"target_qps": rate, "within_bound": False},
+    )
+    table = load_generator.find_server_rate(System([], CHIPS, LoadSettings(seconds=1)), 16)
+    assert not table.within_bound.any() and table.target_qps.min() == 16 / 4
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds", "message"),
+    [(0, 1, "qps: 0 is not positive"), (-5, 1, "qps: -5"), (10, 0, "load_seconds: 0 is not")],
+)
+def test_rate_and_duration_must_be_positive(rate, seconds, message):
+    system = System([], CHIPS, LoadSettings(seconds=seconds))
+    with pytest.raises(InputError, match=message):
+        load_generator.run_scenario(system, "Server", rate)
+
+
+# --- Quality -------------------------------------------------------------------------------------
+
+
+def test_a_variant_made_worse_fails_the_gate_and_an_equal_one_passes(folder):
+    bench = open_bench(configured(folder))
+    right = np.eye(2, dtype=np.float32)[bench.targets]
+    wrong = right.copy()
+    wrong[0] = wrong[0][::-1]  # one of twenty chips: 5 points
+
+    def answering(logits):
+        position = {chip.tobytes(): row for chip, row in zip(bench.chips, logits, strict=True)}
+        return lambda chips: np.stack([position[chip.tobytes()] for chip in chips])
+
+    predicts = {"eager_fp32": answering(right), "same": answering(2 * right),
+                "worse": answering(wrong)}  # fmt: skip
+    table = quality.measure_quality(bench, predicts).set_index("variant")
+    assert table.passes_gate.to_dict() == {"eager_fp32": True, "same": True, "worse": False}
+    assert table.accuracy_loss_points["worse"] == pytest.approx(5)
+    assert table.accuracy_loss_points_low["worse"] == 0 < table.accuracy_loss_points_high["worse"]
+    assert table.agreement["worse"] == pytest.approx(0.95)
+    assert table.max_logit_difference["same"] == 1
+    assert table.accuracy_loss_points_high["same"] == 0  # paired: no difference in any draw
+
+
+def test_the_gate_says_what_it_means_on_so_few_chips(folder):
+    bench = open_bench(configured(folder))
+    assert "5.00 points" in answers.gate_sentence(bench)
+    assert "no chip at all" in answers.gate_sentence(bench)
+
+
+# --- Limits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backbone", "depth", "width"), [("example", 12, 192)])
+@pytest.mark.parametrize("size", [28, 98])
+def test_counted_operations_are_those_of_the_hand_formula(backbone, depth, width, size):
+    config = ClassifierConfig(backbone, "random", size, (0, 1, 2), CLASSES)
+    patches = (size // 14) ** 2
+    tokens = patches + 1
+    block = 2 * tokens * width * (3 * width + width + 4 * width + 4 * width)
+    attention = 2 * 2 * tokens**2 * width
+    stem, head = 2 * patches * (3 * 14 * 14) * width, 2 * width * 2
+    expected = depth * (block + attention) + stem + head
+    assert flops_per_image(create_classifier(config)) == expected
+
+
+def test_machine_limits_are_positive_rates():
+    limits = machine_limits("cpu", 1, side=256, repeats=2)
+    assert set(limits) == {"fp32", "bf16", "int8", "bytes_per_s"}
+    assert all(rate > 1e6 for rate in limits.values())
+
+
+# --- Decision ------------------------------------------------------------------------------------
+
+
+def test_only_variants_within_the_gate_are_recommended():
+    summary = pd.DataFrame(
+        {
+            "variant": ["eager_fp32", "fast_but_wrong", "good", "small"],
+            "passes_gate": [True, False, True, True],
+            "p50_ms": [10.0, 1.0, 3.0, 4.0],
+            "images_per_s": [100.0, 900.0, 300.0, 200.0],
+            "peak_mib": [500.0, 50.0, 200.0, 100.0],
+        }
+    )
+    assert decision.decide(summary) == {
+        "lowest latency": "good",
+        "highest throughput": "good",
+        "smallest memory": "small",
+        "recommended": "good",
+    }
+
+
+# --- From the shell ------------------------------------------------------------------------------
+
+
+def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
+    arguments = ["--variants", "eager_fp32", "openvino_fp32", "sparse_2_4", "--load_fractions",
+                 "0.5", "--competing", "0", "1", "--max_batch", "2"]  # fmt: skip
+    for name in ("model_path", "data_path", "output_path", "results_path", "load_seconds"):
+        arguments += [f"--{name}", str(getattr(configured(folder), name))]
+    arguments += ["--percentiles", "50", "--batch_sizes", "1", "4", "--latency_samples", "6", "5"]
+    arguments += ["--latency_bound_ms", "1000", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["production_benchmarking", *arguments])
+    production_benchmarking.main()
+    printed = capsys.readouterr().out
+    assert "Deploy " in printed and "Not an MLPerf submission" in printed
+    record = json.loads((folder / "results/benchmark_tiny.json").read_text())
+    assert record["mlperf_submission"] is False
+    assert record["config"]["max_batch"] == 2
+    assert record["environment"]["packages"]["openvino"]
+    table = pd.read_csv(folder / "results/benchmark_tiny.csv").set_index("variant")
+    assert list(table.index) == ["eager_fp32", "openvino_fp32", "sparse_2_4"]
+    assert "GPU" in table.unavailable["sparse_2_4"]
+    assert table.peak_mib["openvino_fp32"] < table.peak_mib["eager_fp32"]  # no torch in it
+    scaling = pd.read_csv(folder / "results/benchmark_tiny_scaling.csv")
+    assert set(scaling.variant) >= {"eager_fp32"}
+    for _, rows in scaling.groupby("variant"):
+        assert rows.processes.tolist() == [1, 2] and rows.efficiency.iloc[0] == 1
+    competition = pd.read_csv(folder / "results/benchmark_tiny_competition.csv")
+    assert competition.competing.tolist() == [0, 0, 1, 1]
+
+
+# --- What stops a benchmark ----------------------------------------------------------------------
+
+
+def test_a_missing_model_says_what_to_run_first(folder):
+    with pytest.raises(InputError, match=r"no such file or folder: nothing; pass the model"):
+        open_bench(configured(folder, model_path="nothing"))
+
+
+def test_the_default_model_comes_from_the_first_notebook(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    default = BenchmarkConfig().model_path
+    with pytest.raises(InputError, match=r"run setup_finetune\.ipynb first"):
+        open_bench(configured(folder, model_path=default))
+
+
+def test_a_truncated_model_is_refused(folder, tmp_path):
+    whole = (folder / "models/tiny/model_final.safetensors").read_bytes()
+    cut = tmp_path / "model_final.safetensors"
+    cut.write_bytes(whole[:-1000])
+    with pytest.raises(InputError, match="truncated"):
+        open_bench(configured(folder, model_path=str(cut)))
+
+
+def test_a_model_of_another_architecture_is_refused(folder, tmp_path):
+    classifier, provenance = load_classifier(folder / "models/tiny/model_final.safetensors")
+    classifier.backbone.blocks[0].mlp.fc1 = torch.nn.Linear(192, 700)
+    path = save_classifier(classifier, tmp_path / "model_final.safetensors", provenance)
+    with pytest.raises(InputError, match="not of this architecture"):
+        open_bench(configured(folder, model_path=str(path)))
+
+
+def test_data_with_other_classes_are_refused(folder, tmp_path):
+    class_folders(tmp_path, classes=("house", "road"))
+    with pytest.raises(InputError, match=r"classes house, road.*trained on no_tree, tree"):
+        open_bench(configured(folder, data_path=str(tmp_path)))
+
+
+def test_the_reference_must_be_among_the_variants(folder):
+    with pytest.raises(InputError, match="eager_fp32 is the reference"):
+        open_bench(configured(folder, variants=("bf16",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"load_seconds": 0}, "load_seconds: Input should be greater than 0"),
+        ({"start_qps": -1}, "start_qps: Input should be greater than 0"),
+        ({"latency_bound_ms": 0}, "latency_bound_ms"),
+        ({"variants": ("faster",)}, "variants"),
+        ({"latency_samples": (6,)}, "1 numbers for 2 batch_sizes"),
+    ],
+)
+def test_wrong_parameters_are_named(folder, options, message):
+    with pytest.raises(InputError, match=message):
+        open_bench(configured(folder, **options))

@@ -1,0 +1,175 @@
+"""A comparison's runs can be read again, and its sentences say what its tables hold."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import InputError
+from helpers.evaluation import comparison
+from helpers.reporting import answers
+from helpers.training import runs
+from tests.fake_data import manifest_folder
+
+SIZE = 28
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    counts = {"train": 12, "valid": 4, "test": 8}
+    return comparison.CompareConfig(
+        data_path=str(manifest_folder(folder / "data", counts=counts)),
+        image_size=SIZE,
+        methods=("head_only", "lora"),
+        seeds=(0, 1),
+        fractions=(0.5,),
+        ranks=(1,),
+        epochs=1,
+        device="cpu",
+        **{f"{kind}_path": str(folder / kind) for kind in ("output", "history", "cache")},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(config):
+    return comparison.compare(config, report=lambda line: None)
+
+
+def without_weights(config, folder):
+    return config.model_copy(update={"output_path": str(folder / "nowhere")})
+
+
+def test_a_run_that_is_read_is_the_run_that_was(config, trained):
+    own = config.run("lora", 0)
+    kept, read = trained[own.name], runs.read_run(own)
+    assert read.record == json.loads(json.dumps(kept.record))
+    pd.testing.assert_frame_equal(read.history, kept.history, check_dtype=False, rtol=1e-8)
+    numbers = ["p_no_tree", "p_tree"]
+    texts = ["img_path", "group", "label", "target", "predicted"]
+    assert read.predictions[texts].astype(str).equals(kept.predictions[texts].astype(str))
+    np.testing.assert_array_equal(
+        read.predictions[numbers].astype(np.float32), kept.predictions[numbers].astype(np.float32)
+    )
+    chips = torch.rand(2, 3, SIZE, SIZE) * 255
+    with torch.inference_mode():
+        expected = kept.classifier.eval()(chips)
+        assert torch.equal(read.classifier(chips), expected)
+        torch.testing.assert_close(read.adapter(chips), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bytes_to_keep_are_those_on_disk(config, trained):
+    lora, head = (config.run(method, 0) for method in ("lora", "head_only"))
+    on_disk = sum(file.stat().st_size for file in (lora.folder / "adapter").iterdir())
+    assert trained[lora.name].record["bytes_to_keep"] == on_disk
+    weights = trained[head.name].record["parameters"]["trainable"]
+    assert trained[head.name].record["bytes_to_keep"] == 4 * weights
+
+
+def test_resume_reads_what_is_finished_and_trains_the_rest(config, trained, monkeypatch, tmp_path):
+    trained_now = []
+
+    def train(own, data, report):
+        trained_now.append(own.name)
+        return trained[config.run("lora", 0).name]
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison, "save_run", lambda own, run: None)
+    lines = []
+    again = comparison.compare(config.model_copy(update={"resume": True}), report=lines.append)
+    assert trained_now == [] and all(line.endswith("finished before") for line in lines)
+    tests = [comparison.paired_tests(comparison.main_runs(r, config)) for r in (trained, again)]
+    pd.testing.assert_frame_equal(*tests)
+    more = config.model_copy(update={"resume": True, "seeds": (0, 1, 2)})
+    comparison.compare(more, report=lambda line: None)
+    assert trained_now == [more.run("head_only", 2).name, more.run("lora", 2).name]
+
+
+def test_records_alone_give_the_same_tables(config, trained, tmp_path):
+    read = comparison.read_runs(without_weights(config, tmp_path))
+    assert all(run.classifier is None and run.adapter is None for run in read.values())
+    old, new = (comparison.main_runs(found, config) for found in (trained, read))
+    pd.testing.assert_frame_equal(comparison.cost_table(old), comparison.cost_table(new), rtol=1e-8)
+    pd.testing.assert_frame_equal(comparison.paired_tests(old), comparison.paired_tests(new))
+    pd.testing.assert_frame_equal(
+        comparison.sweep_rows(trained, "auroc"), comparison.sweep_rows(read, "auroc")
+    )
+
+
+def test_runs_with_other_parameters_are_not_these_runs(config, trained):
+    assert runs.read_run(config.run("lora", 0, lora_alpha=4)) is None
+    with pytest.raises(
+        InputError,
+        match=r"history: no run compare_head_only_data_example_seed7 .*\(5 of 7 missing\)",
+    ):
+        comparison.read_runs(config.model_copy(update={"epochs": 2, "seeds": (0, 7)}))
+
+
+def test_a_record_without_its_table_is_named(config, trained, tmp_path):
+    own = config.run("lora", 0).model_copy(update={"history_path": str(tmp_path)})
+    runs.save_run(own, trained[own.name])
+    missing = tmp_path / f"{own.name}_predictions.csv"
+    missing.unlink()
+    with pytest.raises(InputError, match=rf"{missing} is missing beside"):
+        runs.read_run(own)
+
+
+def test_sweeps_keep_to_their_seeds_and_share_the_common_shape(config, trained):
+    by_size = comparison.by_training_chips(trained, config, "auroc")
+    assert set(by_size.seed) == {0} and len(by_size) == 4
+    assert set(by_size.train_chips) == {12, 24}
+    shapes = comparison.by_shape(trained, config, "auroc")
+    assert sorted(shapes["rank"]) == [1, 4] and set(shapes.method) == {"LoRA on qkv"}
+
+
+def differences(*intervals):
+    rows = [
+        {
+            "first": "head_only", "second": "lora", "seed": seed, "only_first": 3, "only_second": 9,
+            "p_value": 0.1, "auroc_difference": (low + high) / 2, "low": low, "high": high,
+        }
+        for seed, (low, high) in enumerate(intervals)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "said"),
+    [
+        ([(0.01, 0.03)], ["+0.0200 [+0.0100, +0.0300]", "lora is better."]),
+        ([(-0.01, 0.03)], ["lora is not clearly different."]),
+        ([(-0.03, -0.01)], ["lora is worse."]),
+        ([(0.01, 0.03), (0.02, 0.06)], ["+0.0300 on average over 2 seeds (+0.0200 to +0.0400)",
+                                        "lora is better with every seed."]),
+        ([(0.01, 0.03), (-0.02, 0.06)], ["better with 1, worse with 0 and not clearly different "
+                                         "with 1 of 2 seeds."]),
+    ],
+)  # fmt: skip
+def test_the_sentence_on_two_methods_says_what_the_intervals_say(intervals, said):
+    sentence = answers.pair_sentence(differences(*intervals), "head_only", "lora")
+    assert all(part in sentence for part in said), sentence
+
+
+def test_methods_that_were_not_compared_are_said_to_be_so():
+    tests = differences((0.01, 0.03))
+    assert (
+        answers.pair_sentence(tests, "lora", "dora") == "This run does not compare dora with lora."
+    )
+    assert answers.cost_sentence(pd.DataFrame(index=["lora"]), "lora", "dora") == ""
+
+
+def test_a_full_set_sentence_names_the_machine_that_trained(config, trained):
+    main = comparison.main_runs(trained, config)
+    machine = main["lora", 0].record["environment"]["machine"]
+    slow = dataclasses.replace(
+        main["lora", 0],
+        history=main["lora", 0].history.assign(images_per_second=1e6 / 3600),
+        record=main["lora", 0].record
+        | {"environment": {"machine": machine | {"cpu": "an abacus", "torch_threads": 7}}},
+    )
+    sentence = answers.full_set_sentence({("lora", 0): slow}, 1000, 4.0)
+    assert "ten epochs of lora about 10 hours" in sentence
+    assert "(an abacus, 7 thread(s))" in sentence and "1.0 GB in all" in sentence

@@ -1,0 +1,148 @@
+"""The embedded example: what is committed, and the script that cuts it."""
+
+import csv
+import hashlib
+import io
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLE = Path(__file__).parents[2] / "example"
+sys.path.insert(0, str(EXAMPLE))
+import build_example  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows():
+    with open(EXAMPLE / "manifest.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_chips_are_those_of_the_manifest(rows):
+    total = 0
+    for row in rows:
+        data = (EXAMPLE / row["img_path"]).read_bytes()
+        total += len(data)
+        assert hashlib.sha256(data).hexdigest() == row["sha256"], row["img_path"]
+        image = Image.open(io.BytesIO(data))
+        assert image.size == (98, 98) and image.mode == "RGB"
+        assert Path(row["img_path"]).parent.name == row["label"]
+    assert total <= 6_000_000
+    on_disk = {p.relative_to(EXAMPLE).as_posix() for p in EXAMPLE.glob("chips/*/*")}
+    assert on_disk == {row["img_path"] for row in rows}
+    assert len({row["sha256"] for row in rows}) == len(rows)
+
+
+def test_splits_keep_blocks_whole_and_hold_both_classes(rows):
+    splits_of_block = {}
+    for row in rows:
+        splits_of_block.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in splits_of_block.values())
+    assert {(row["split"], row["label"]) for row in rows} == {
+        (split, label) for split in ("train", "valid", "test") for label in ("tree", "no_tree")
+    }
+    assert sum(row["split"] == "test" for row in rows) >= 150
+
+
+def test_card_shows_the_counts_of_the_manifest(rows):
+    assert build_example.summary_table(rows) in (EXAMPLE / "CARD.md").read_text()
+
+
+VOC = "<annotation>{}</annotation>"
+BOX = (
+    "<object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
+def test_crown_mask_is_the_union_of_boxes():
+    xml = VOC.format(BOX.format(1, 2, 5, 4) + BOX.format(3, 2, 9, 4)).encode()
+    mask = build_example.crown_mask(xml, 6, 8)  # the second box ends outside the scene
+    expected = np.zeros((6, 8), dtype=bool)
+    expected[2:4, 1:8] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("covered", "label"),
+    [(0, "no_tree"), (2, "no_tree"), (3, None), (24, None), (25, "tree"), (100, "tree")],
+)
+def test_label_follows_the_share_under_crowns(covered, label):
+    crowns = np.zeros((10, 10), dtype=bool)
+    crowns.flat[:covered] = True
+    assert build_example.chip_label(np.full((10, 10, 3), 80, np.uint8), crowns) == label
+
+
+def test_chip_on_the_black_border_is_dropped():
+    pixels, crowns = np.full((10, 10, 3), 80, np.uint8), np.ones((10, 10), dtype=bool)
+    pixels[0, :1] = 0
+    assert build_example.chip_label(pixels, crowns) == "tree"
+    pixels[0, :2] = 0
+    assert build_example.chip_label(pixels, crowns) is None
+
+
+def test_bands_of_a_scene_share_no_ground():
+    rng = np.random.default_rng(0)
+    scene = rng.integers(1, 255, (98 * 10 + 30, 98 * 9 + 5, 3), dtype=np.uint8)
+    crowns = np.zeros(scene.shape[:2], dtype=bool)
+    crowns[:, : 98 * 4] = True
+    rows = [row for row, _ in build_example.cut_scene("S", scene, crowns)]
+    assert [row["split"] for row in rows[::9]] == ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
+    assert sum(row["label"] == "tree" for row in rows) == 40
+    # 3 blocks side by side; the bands cut the grid of 4 rows at rows 5 and 7.
+    assert len({row["group"] for row in rows}) == 3 * (2 + 1 + 2)
+    groups = {row["group"] for row in rows if row["img_path"].endswith("S_05_04.jpg")}
+    assert groups == {"S_valid_1_1"}
+
+
+def test_training_ground_is_the_training_band():
+    scene = np.indices((98 * 10 + 30, 98)).transpose(1, 2, 0).astype(np.uint8)
+    ground = build_example.training_ground(np.dstack([scene, scene[..., :1]]))
+    assert ground.shape == (98 * 5, 98, 3)
+    np.testing.assert_array_equal(ground[..., :2], scene[: 98 * 5])
+
+
+@pytest.fixture
+def tiny_wheel(tmp_path):
+    """A wheel with four small random scenes, half of each under a crown box."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "deepforest-2.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("deepforest-2.1.0.dist-info/licenses/LICENSE", "MIT")
+        for stem in build_example.SCENES.values():
+            png = io.BytesIO()
+            Image.fromarray(rng.integers(1, 255, (200, 400, 3), dtype=np.uint8)).save(png, "PNG")
+            wheel.writestr(f"deepforest/data/{stem}.png", png.getvalue())
+            wheel.writestr(f"deepforest/data/{stem}.xml", VOC.format(BOX.format(0, 0, 196, 200)))
+    return path
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_building_twice_gives_the_same_bytes(tiny_wheel, tmp_path):
+    built = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = build_example.build(tiny_wheel, tmp_path / name)
+        built.append(files(tmp_path / name))
+    assert len(rows) == 4 * 8 and len(built[0]) == len(rows) + 2
+    assert built[0] == built[1]
+    build_example.build(tiny_wheel, tmp_path / "a")  # over an earlier build
+    assert files(tmp_path / "a") == built[0]
+
+
+def test_a_wheel_without_the_scenes_changes_nothing(tiny_wheel, tmp_path):
+    broken = tmp_path / "broken.whl"
+    with zipfile.ZipFile(tiny_wheel) as source, zipfile.ZipFile(broken, "w") as target:
+        for name in source.namelist()[:-1]:
+            target.writestr(name, source.read(name))
+    output = tmp_path / "out"
+    output.mkdir()
+    with pytest.raises(KeyError, match=r"SOAP_061\.xml"):
+        build_example.build(broken, output)
+    assert not files(output)

@@ -1,0 +1,122 @@
+"""The README's commands for real weights and data, as far as a machine without them reaches.
+
+Every command is read from the README. Its parameters must be the notebook's, and it is run with
+random weights in the published layouts, fake chips in the data's layout, at a small size.
+"""
+
+import re
+import shlex
+
+import huggingface_hub.constants
+import pytest
+import torch
+import yaml
+
+from helpers.evaluation.comparison import CompareConfig
+from helpers.models.backbones import ARCHITECTURES, create_backbone
+from helpers.records import ROOT
+from helpers.training.config import NotebookConfig, RunConfig
+from helpers.training.methods import train
+from tests.fake_data import class_folders, manifest_rows
+from tests.fake_weights import hub_cache, published_state_dict
+
+EUROSAT = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
+    "PermanentCrop", "Residential", "River", "SeaLake",
+)  # fmt: skip
+CONFIGS = {"setup_finetune": NotebookConfig, "finetune_lora": CompareConfig}
+SMALL = {"image_size": 28, "epochs": 1, "device": "cpu"}
+
+
+def recipes():
+    """The commands of the README's section on real weights, by the comment above each."""
+    section = (ROOT / "README.md").read_text().split("### Real weights")[1]
+    block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    lines = [line for line in block.splitlines() if line.strip()]
+    return dict(zip((line.lstrip("# ") for line in lines[::2]), lines[1::2], strict=True))
+
+
+def parameters_of(command):
+    """The notebook that a papermill command names, and its parameters."""
+    program, notebook, _, *words = shlex.split(command)
+    assert program.endswith("papermill") and notebook.endswith(".ipynb")
+    parameters = {}
+    while words:
+        flag, *words = words
+        if flag == "-p":
+            name, value, *words = words
+            parameters[name] = yaml.safe_load(value)
+        else:
+            assert flag == "-y"
+            parameters |= yaml.safe_load(words.pop(0))
+    return notebook.removesuffix(".ipynb"), parameters
+
+
+def lay_out(parameters):
+    """Fake data and weights where a recipe looks for them, below the working folder."""
+    data_path = parameters["data_path"]
+    if data_path == "eurosat":
+        class_folders("data/eurosat/2750", per_class=12, classes=EUROSAT, suffix=".jpg")
+    elif data_path == "./geotiffs":
+        class_folders(data_path, per_class=10, suffix=".tif", bands=4, dtype="uint16")
+    else:
+        rows = manifest_rows(data_path, suffix=".npy")
+        for split, own in rows.groupby("split"):
+            own.to_csv(f"{data_path}/{split}_clean.csv", index=False)
+    state = published_state_dict(width=384, depth=12, registers=0)
+    weights = parameters.get("weights", "pretrained")
+    if weights == "pretrained":
+        state.pop("mask_token")
+        hub_cache("hub", "vit_small_patch14_dinov2.lvd142m", state)
+    else:
+        torch.save(state, weights)
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_runs(name, tmp_path, monkeypatch):
+    """With ViT-S for ViT-L, which would take minutes; ViT-L's file has a test of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    notebook, parameters = parameters_of(recipes()[name])
+    config = CONFIGS[notebook].checked(**parameters)
+    assert config.backbone in ARCHITECTURES and config.image_size % 14 == 0
+    lay_out(parameters)
+    small = {"backbone": "dinov2_vits14"} | SMALL
+    if notebook == "finetune_lora":
+        own = config.model_copy(update=small).run("lora", 0)
+    else:
+        own = RunConfig.checked(**parameters | small)
+    run = train(own, own.data(), report=lambda line: None)
+    local = parameters.get("weights")
+    name = f"ViT-S/14, weights from {local[2:]}" if local else "DINOv2 ViT-S/14"
+    assert run.record["backbone"] == name
+    classes = run.record["classifier"]["classes"]
+    expected = {"eurosat": EUROSAT, "./geotiffs": ("no_tree", "tree")}
+    if "positive_class" in parameters:
+        assert classes == ("rest", parameters["positive_class"])
+    else:
+        assert classes == expected.get(parameters["data_path"], ("no_tree", "tree"))
+    assert run.record["classifier"]["bands"] == tuple(parameters.get("bands", (0, 1, 2)))
+
+
+def test_there_is_a_recipe_for_every_kind_of_weights_and_data():
+    found = [parameters_of(command)[1] for command in recipes().values()]
+    backbones = {(p["backbone"], p.get("weights", "hub")) for p in found}
+    assert backbones >= {
+        ("dinov2_vits14", "hub"),
+        ("dinov2_vitl14", "hub"),
+        ("dinov2_vitl14", "./dinov2_vitl14_pretrain.pth"),
+    }
+    assert {p["data_path"] for p in found} == {"eurosat", "./data", "./geotiffs"}
+
+
+def test_a_published_file_of_vit_large_loads(tmp_path):
+    """In half precision, to halve the 1.2 GB; every tensor must arrive."""
+    state = published_state_dict(width=1024, depth=24, registers=0)
+    path = tmp_path / "dinov2_vitl14_pretrain.pth"
+    torch.save({key: value.half() for key, value in state.items()}, path)
+    own = create_backbone("dinov2_vitl14", str(path), image_size=28).state_dict()
+    assert len(own) == len(state) - 1  # all but the mask token
+    for key in ("blocks.23.mlp.fc2.weight", "blocks.0.attn.qkv.bias", "norm.weight"):
+        assert torch.equal(own[key], state[key].half().float()), key

@@ -1,0 +1,205 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import InputError
+from helpers.metrics import METRICS
+from helpers.models.files import load_classifier
+from helpers.records import ROOT
+from helpers.reporting import answers
+from helpers.training import methods, runs
+from helpers.training.config import RunConfig
+from helpers.training.loop import HISTORY_COLUMNS
+from tests.fake_data import class_folders, manifest_folder
+
+
+def config_for(folder, **parameters):
+    """A small run on chips of 28 px with random weights, everything below one folder."""
+    defaults = {
+        "data_path": str(folder / "data"),
+        "weights": "random",
+        "image_size": 28,
+        "epochs": 15,
+        "device": "cpu",
+        "learning_rates": (1e-3, 1e-2),
+        "weight_decays": (0.0,),
+        "output_path": str(folder / "models"),
+        "history_path": str(folder / "history"),
+        "cache_path": str(folder / "cache"),
+        "run_name": "trial",
+    }
+    return RunConfig(**defaults | parameters)
+
+
+def train(config):
+    data = config.data()
+    return methods.train_head_only(
+        config, data, methods.new_classifier(config, data), report=lambda line: None
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished and saved run: config, run, files."""
+    folder = tmp_path_factory.mktemp("run")
+    manifest_folder(folder / "data", counts={"train": 20, "valid": 8, "test": 8})
+    config = config_for(folder)
+    run = train(config)
+    return config, run, runs.save_run(config, run)
+
+
+def test_the_record_holds_what_a_reader_needs(finished):
+    config, run, _ = finished
+    record = run.record
+    assert record["backbone"] == "ViT-Ti/14, random weights"
+    assert record["chips"] == {"train": 40, "valid": 16, "test": 16}
+    assert record["config"]["learning_rates"] == (1e-3, 1e-2)
+    assert record["parameters"]["trainable"] == run.classifier.linear_head.in_features * 2 + 2
+    assert record["best_epoch"] <= record["epochs_trained"] <= config.epochs
+    for rows in record["test"].values():
+        assert set(rows) == set(METRICS)
+        for entry in rows.values():
+            assert entry["low"] <= entry["value"] <= entry["high"]
+    assert np.sum(record["confusion_matrix"]) == 16
+
+
+def test_the_files_agree_with_the_run(finished):
+    config, run, files = finished
+    _, history, candidates, predictions, record = files
+    assert tuple(pd.read_csv(history).columns) == HISTORY_COLUMNS
+    assert len(pd.read_csv(candidates)) == 3 * 2 * 1
+    assert json.loads(record.read_text())["test"] == run.record["test"]
+    table = pd.read_csv(predictions)
+    np.testing.assert_allclose(table.filter(regex="^p_").sum(axis=1), 1, atol=1e-5)
+    accuracy = (table.predicted == table.target).mean()
+    assert accuracy == pytest.approx(run.record["test"][config.label]["accuracy"]["value"])
+
+
+def test_the_saved_classifier_gives_the_predictions_of_the_record(finished):
+    config, run, files = finished
+    classifier, provenance = load_classifier(files[0])
+    assert provenance["run"] == "trial"
+    test_set = config.data().dataset("test", classifier.config.image_size)
+    chips = torch.stack([chip for chip, _ in test_set])
+    with torch.inference_mode():
+        probabilities = classifier(chips).softmax(1)
+    expected = run.predictions.filter(regex="^p_").to_numpy()
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_the_second_run_reads_features_and_gives_the_same(finished):
+    config, run, _ = finished
+    lines = []
+    data = config.data()
+    classifier = methods.new_classifier(config, data)
+    again = methods.train_head_only(config, data, classifier, report=lines.append)
+    assert lines[0].endswith("read from the cache")
+    pd.testing.assert_frame_equal(again.predictions, run.predictions)
+    columns = ["train_loss", "valid_loss", "valid_auroc"]
+    pd.testing.assert_frame_equal(again.history[columns], run.history[columns])
+
+
+def test_nothing_is_seen_of_the_test_split_before_the_head_is_chosen(finished, monkeypatch):
+    config, _, _ = finished
+    order = []
+    features, fit_heads = methods.split_features, methods.fit_heads
+    monkeypatch.setattr(
+        methods, "split_features", lambda *a: (order.append(a[-1]), features(*a))[1]
+    )
+    monkeypatch.setattr(
+        methods, "fit_heads", lambda *a, **k: (order.append("fit"), fit_heads(*a, **k))[1]
+    )
+    train(config)
+    assert order == ["train", "valid", "fit", "test"]
+
+
+def test_more_than_two_classes_and_four_float_bands(tmp_path):
+    class_folders(
+        tmp_path / "data", per_class=15, classes=("a", "b", "c"), bands=4, suffix=".npy",
+        dtype="float32",
+    )  # fmt: skip
+    config = config_for(tmp_path, bands=(3, 0, 1, 2), augment=True, epochs=5)
+    run = train(config)
+    assert run.classifier.config.bands == (3, 0, 1, 2)
+    assert len(run.classifier.config.mean) == 4
+    assert list(run.predictions.filter(regex="^p_")) == ["p_a", "p_b", "p_c"]
+    assert np.isfinite(run.record["test"][config.label]["auroc"]["value"])
+
+
+def test_confident_errors_are_wrong_and_ordered():
+    predictions = pd.DataFrame(
+        {
+            "img_path": list("abcd"),
+            "label": ["x", "x", "y", "y"],
+            "target": [0, 0, 1, 1],
+            "predicted": [0, 1, 0, 0],
+            "p_x": [0.9, 0.4, 0.7, 0.99],
+            "p_y": [0.1, 0.6, 0.3, 0.01],
+        }
+    )
+    errors = runs.confident_errors(predictions, 2)
+    assert errors.img_path.tolist() == ["d", "c"]
+    assert errors.predicted_label.tolist() == ["x", "x"]
+
+
+def test_the_conclusion_follows_the_numbers():
+    def entry(value, low, high):
+        return {name: {"value": value, "low": low, "high": high} for name in METRICS}
+
+    record = {
+        "data": "set",
+        "chips": {"train": 10, "test": 5},
+        "parameters": {"trainable": 386},
+        "test": {
+            "majority class": entry(0.5, 0.4, 0.6),
+            "colour statistics": entry(0.7, 0.65, 0.75),
+            "backbone": entry(0.9, 0.8, 0.95),
+        },
+    }
+    assert "clearly better than colour statistics" in answers.conclusion(record)
+    record["test"]["backbone"] = entry(0.7, 0.6, 0.8)
+    assert "not clearly apart" in answers.conclusion(record)
+    record["test"]["backbone"] = entry(0.5, 0.4, 0.6)
+    assert "worse than colour statistics" in answers.conclusion(record)
+
+
+def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device: cuda was asked for"):
+        config_for(tmp_path, device="cuda").torch_device  # noqa: B018
+
+
+def command(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "helpers.finetune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def test_the_command_line_trains_and_prints_the_test_table(finished, tmp_path):
+    config, run, _ = finished
+    result = command(
+        "--data_path", config.data_path, "--output_path", tmp_path / "models",
+        "--history_path", tmp_path, "--cache_path", config.cache_path, "--weights", "random",
+        "--image_size", 28, "--epochs", 15, "--learning_rates", 1e-3, 1e-2, "--weight_decays", 0,
+        "--device", "cpu", "--run_name", "trial",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "colour statistics" in result.stdout and "ViT-Ti/14, random weights" in result.stdout
+    written = json.loads((tmp_path / "trial.json").read_text())
+    assert written["test"] == run.record["test"]
+    assert (tmp_path / "models" / "trial" / "model_final.safetensors").is_file()
+
+
+def test_the_command_line_names_a_wrong_parameter_in_one_line(tmp_path):
+    result = command("--epochs", 0, "--history_path", tmp_path / "history")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: epochs: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "history").exists()

@@ -1,0 +1,373 @@
+"""LoRA, DoRA and full runs: precision, batches, processes, and going on after a kill."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from helpers import InputError
+from helpers.models.files import load_classifier
+from helpers.records import ROOT
+from helpers.training import methods, runs
+from helpers.training.config import RunConfig
+from helpers.training.features import decoded, dihedral
+from helpers.training.loop import ChipExamples, FitSettings, fit
+from tests.fake_data import manifest_folder
+
+NUMBERS = ["epoch", "train_loss", "valid_loss", "train_acc", "valid_acc", "valid_auroc"]
+
+
+@pytest.fixture(scope="module")
+def chips_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return manifest_folder(folder, counts={"train": 16, "valid": 8, "test": 8})
+
+
+def config_for(data, folder, **parameters):
+    """A short run on chips of 28 px, everything below one folder."""
+    defaults = {
+        "data_path": str(data),
+        "image_size": 28,
+        "method": "lora",
+        "epochs": 4,
+        "patience": 4,
+        "batch_size": 16,
+        "precision": "fp32",
+        "device": "cpu",
+        "output_path": str(folder / "models"),
+        "history_path": str(folder / "history"),
+        "cache_path": str(folder / "cache"),
+        "run_name": "trial",
+    }
+    return RunConfig.checked(**defaults | parameters)
+
+
+def run(config):
+    finished = methods.train(config, config.data(), report=lambda line: None)
+    runs.save_run(config, finished)
+    return finished
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_every_method_trains_only_what_it_should(chips_folder, tmp_path, method):
+    config = config_for(chips_folder, tmp_path, method=method, learning_rate=1e-3, augment=True)
+    finished = run(config)
+    before = methods.new_classifier(config, config.data()).state_dict()
+    after = finished.classifier.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    if method == "full":
+        assert len(changed) == len(before)
+        assert finished.adapter is None
+    else:
+        expected = {f"backbone.blocks.{i}.attn.qkv.weight" for i in range(12)}
+        assert changed == expected | {"linear_head.weight", "linear_head.bias"}
+        assert (config.folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert finished.history.epoch.tolist() == [1, 2, 3, 4]
+    record = json.loads((tmp_path / "history" / "trial.json").read_text())
+    assert record["method"] == method
+    assert record["parameters"] == finished.record["parameters"]
+
+
+def test_bf16_trains_close_to_fp32_and_saves_fp32(chips_folder, tmp_path):
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this CPU has no bf16")
+    exact = run(config_for(chips_folder, tmp_path, lora_dropout=0.0, run_name="fp32"))
+    config = config_for(chips_folder, tmp_path, lora_dropout=0.0, precision="bf16", run_name="bf16")
+    low = run(config)
+    assert (exact.history.train_loss - low.history.train_loss).abs().max() < 0.05
+    state = load_file(config.folder / "model_final.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_saved_classifier_gives_the_recorded_predictions(chips_folder, tmp_path, method):
+    """Also after training in bf16: predictions and files are fp32."""
+    low = torch.cpu.get_capabilities().get("avx512_bf16")
+    precision = "bf16" if low else "fp32"
+    config = config_for(chips_folder, tmp_path, method=method, precision=precision)
+    finished = run(config)
+    classifier, _ = load_classifier(config.folder / "model_final.safetensors")
+    chips = torch.stack([chip for chip, _ in config.data().dataset("test", 28)])
+    with torch.inference_mode():
+        for model in (classifier, finished.classifier):
+            probabilities = model(chips).softmax(1).numpy()
+            expected = finished.predictions.filter(regex="^p_").to_numpy()
+            np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        ({"lora_rank": 0}, "lora_rank: 0 is below 1"),
+        ({"lora_targets": ("nope",)}, "lora_targets: .*there are fc1, fc2, proj, qkv"),
+    ],
+)
+def test_wrong_parameters_are_one_clear_error(chips_folder, tmp_path, parameters, message):
+    with pytest.raises(InputError, match=message):
+        run(config_for(chips_folder, tmp_path, **parameters))
+    assert not (tmp_path / "models").exists()
+
+
+def test_bf16_on_a_cpu_without_it_is_one_clear_error(chips_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(InputError, match="precision: this cpu has no bf16; use fp32 or auto"):
+        run(config_for(chips_folder, tmp_path, precision="bf16"))
+    assert config_for(chips_folder, tmp_path, precision="auto").mixed_precision == "no"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert config_for(chips_folder, tmp_path, precision="auto").mixed_precision == "bf16"
+
+
+def test_an_unknown_method_lists_the_methods(chips_folder, tmp_path):
+    with pytest.raises(InputError, match=r"method: .*'head_only', 'lora', 'dora' or 'full'"):
+        config_for(chips_folder, tmp_path, method="qlora")
+
+
+def test_a_fraction_is_stratified_and_a_subset_of_a_larger_one(chips_folder, tmp_path):
+    half, quarter = (
+        config_for(chips_folder, tmp_path, train_fraction=f).data().manifest for f in (0.5, 0.25)
+    )
+    for table, expected in ((half, 8), (quarter, 4)):
+        counts = table[table.split == "train"].target.value_counts()
+        assert counts.tolist() == [expected, expected]
+        assert (table.split == "test").sum() == 16
+    assert set(quarter.img_path) < set(half.img_path)
+
+
+def test_decoded_chips_are_the_same_in_memory_and_mapped(chips_folder, tmp_path):
+    dataset = config_for(chips_folder, tmp_path).data().dataset("train", 28)
+    path = tmp_path / "cache" / "chips.bin"
+    in_memory = decoded(dataset, 1e9, path)
+    assert not path.exists()
+    mapped = decoded(dataset, 10, path)
+    assert path.stat().st_size == in_memory.numel()
+    assert torch.equal(mapped, in_memory)
+    assert torch.equal(in_memory[5], dataset[5][0])
+
+
+def test_augmented_chips_are_views_of_their_own_and_leave_the_originals():
+    chips = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    examples = ChipExamples(chips, torch.tensor([0, 1]), views=8)
+    taken = examples.take(torch.tensor([1, 0]), torch.tensor([3, 6]))
+    assert torch.equal(taken, torch.stack([dihedral(chips[1], 3), dihedral(chips[0], 6)]))
+    assert torch.equal(chips.flatten(), torch.arange(96, dtype=torch.uint8))
+
+
+# --- Batches and memory --------------------------------------------------------------------------
+
+
+class Linear(nn.Module):
+    """A model on chips that runs out of memory above a number of images."""
+
+    def __init__(self, limit=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3 * 4 * 4, 2)
+        self.limit = limit
+        self.largest = 0
+
+    def forward(self, chips):
+        if self.limit and len(chips) > self.limit:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
+        self.largest = max(self.largest, len(chips))
+        return self.layer(chips.flatten(1).float() / 255)
+
+
+def fake_chips(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(n) % 3 // 2  # two of class 0 for one of class 1
+    chips = torch.randint(160, (n, 3, 4, 4), generator=generator) + 60 * targets.view(-1, 1, 1, 1)
+    return ChipExamples(chips.byte(), targets)
+
+
+def fit_linear(model, **settings):
+    progress = fit(
+        model,
+        [{"params": list(model.parameters()), "lr": 0.01, "weight_decay": 0.0}],
+        fake_chips(50, 0),
+        fake_chips(20, 1),
+        FitSettings(**{"epochs": 3, "patience": 3, "batch_size": 16} | settings),
+        accelerator=Accelerator(cpu=True),
+        report=lambda line: None,
+    )
+    return progress.history(0)
+
+
+def test_running_out_of_memory_reduces_the_share_and_gives_the_same_history():
+    whole, reduced = Linear(), Linear(limit=5)
+    expected, history = fit_linear(whole), fit_linear(reduced)
+    assert whole.largest == 16 and reduced.largest <= 5
+    pd.testing.assert_frame_equal(history[NUMBERS], expected[NUMBERS], rtol=1e-5)
+
+
+def test_class_weights_weigh_the_loss_that_is_minimised():
+    model = Linear()
+    examples = fake_chips(50, 0)
+    weights = (0.75, 1.5)
+    logits = model(examples.values)
+    loss = nn.functional.cross_entropy(logits, examples.targets, torch.tensor(weights))
+    expected = torch.autograd.grad(loss, model.layer.weight)[0]
+    seen = []
+    model.layer.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    fit_linear(model, epochs=1, batch_size=50, class_weights=weights)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_gradients_are_clipped():
+    free, clipped = Linear(), Linear()
+    fit_linear(free, epochs=1, max_grad_norm=None)
+    fit_linear(clipped, epochs=1, max_grad_norm=1e-12)
+    torch.manual_seed(0)
+    start = Linear().layer.weight
+    assert (free.layer.weight - start).abs().max() > 1e-3
+    assert (clipped.layer.weight - start).abs().max() < (free.layer.weight - start).abs().max()
+
+
+# --- Going on ------------------------------------------------------------------------------------
+
+
+def train_in_a_process(config):
+    """Run quietly; the entry point of a process that may be killed."""
+    torch.set_num_threads(1)
+    run(config)
+
+
+def weights_of(config):
+    return load_file(config.folder / "model_final.safetensors")
+
+
+def history_of(config):
+    return pd.read_csv(f"{config.history_path}/trial.csv")[NUMBERS]
+
+
+def test_killed_at_random_moments_a_run_ends_as_if_left_alone(chips_folder, tmp_path):
+    """SIGKILL at ten or more moments spread over the whole run, then the same history."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_training"])
+    options = {"epochs": 8, "patience": 8, "method": "lora", "augment": True}
+
+    first = context.Process(target=int)  # so that the imports do not count as part of a run
+    first.start()
+    first.join()
+    alone = config_for(chips_folder, tmp_path / "alone", **options)
+    start = time.monotonic()
+    process = context.Process(target=train_in_a_process, args=(alone,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    whole = time.monotonic() - start
+
+    killed = config_for(chips_folder, tmp_path / "killed", resume=True, **options)
+    generator = random.Random(0)
+    kills, epochs_seen = 0, set()
+    while True:
+        process = context.Process(target=train_in_a_process, args=(killed,))
+        process.start()
+        process.join(generator.uniform(0.1, 0.9) * whole if kills < 10 else None)
+        if process.exitcode is not None:
+            if process.exitcode == 0 and kills >= 10:
+                break
+            # Finished before its kill: forget the end, so that there is something to go on with.
+            assert process.exitcode == 0
+            (killed.folder / "checkpoint.pt").unlink()
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        checkpoint = killed.folder / "checkpoint.pt"
+        if checkpoint.is_file():
+            epochs_seen.add(torch.load(checkpoint, weights_only=True)["progress"]["epoch"])
+    assert len(epochs_seen) >= 2, "the kills must fall into different epochs"
+    pd.testing.assert_frame_equal(history_of(killed), history_of(alone))
+    expected, state = weights_of(alone), weights_of(killed)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_a_finished_run_resumes_to_the_same_without_training(chips_folder, tmp_path):
+    first = run(config_for(chips_folder, tmp_path))
+    again = run(config_for(chips_folder, tmp_path, resume=True))
+    pd.testing.assert_frame_equal(first.history, again.history)
+    pd.testing.assert_frame_equal(first.predictions, again.predictions)
+
+
+@pytest.fixture
+def checkpointed(chips_folder, tmp_path):
+    config = config_for(chips_folder, tmp_path, epochs=1)
+    run(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 8}, "is of another run: lora_rank was 4 and is 8"),
+        ({"seed": 1}, "seed was 0 and is 1; weights_digest was"),
+        ({"epochs": 2, "batch_size": 8}, "batch_size was 16 and is 8; epochs was 1 and is 2"),
+    ],
+)
+def test_resuming_with_another_configuration_says_what_differs(checkpointed, changes, message):
+    changed = checkpointed.model_copy(update={"resume": True} | changes)
+    with pytest.raises(InputError, match=message):
+        run(changed)
+
+
+def test_a_truncated_checkpoint_is_one_clear_error(checkpointed):
+    path = checkpointed.folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"checkpoint.pt is truncated or not a checkpoint"):
+        run(checkpointed.model_copy(update={"resume": True}))
+
+
+def test_a_checkpoint_with_a_pickled_object_is_not_executed(checkpointed, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    torch.save({"identity": Trap()}, checkpointed.folder / "checkpoint.pt")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        run(checkpointed.model_copy(update={"resume": True}))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_resume_a_run_starts_anew(checkpointed):
+    finished = run(checkpointed.model_copy(update={"lora_rank": 2}))
+    assert finished.history.epoch.tolist() == [1]
+
+
+def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
+    """Same global batch, gloo on the CPU; dropout off, since processes draw their own."""
+    options = {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "augment": True}
+    alone = config_for(chips_folder, tmp_path / "one", **options)
+    run(alone)
+    both = config_for(chips_folder, tmp_path / "two", **options)
+    arguments = []
+    for name, value in both.model_dump(exclude_defaults=True).items():
+        arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    launch = [
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("-m", "helpers.finetune"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launch, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("Test split") == 1, "only the main process reports"
+    pd.testing.assert_frame_equal(history_of(both), history_of(alone), rtol=1e-4, atol=1e-5)

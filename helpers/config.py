@@ -4,9 +4,10 @@ import argparse
 import ast
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from helpers import InputError
 
@@ -64,6 +65,35 @@ class Config(BaseModel):
                 options["nargs"] = "+"
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
         return cls.checked(**vars(parser.parse_args(arguments)))
+
+
+# Where results go below `output_path` unless a parameter says otherwise.
+_FOLDERS = {
+    "history_path": "training_history",
+    "figures_path": "figures",
+    "results_path": "benchmark_results",
+    "cache_path": "cache",
+}
+
+
+class Places(Config):
+    """Where results go; a class with such a field offers it, and it is never None in use."""
+
+    output_path: str = Field("runs", description="folder for everything that is made")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_the_output(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Put every folder that is not given below `output_path`."""
+        output = values.get("output_path", cls.model_fields["output_path"].default)
+        given = {name: value for name, value in values.items() if value is not None}
+        missing = [name for name in _FOLDERS if name in cls.model_fields and name not in given]
+        return values | {name: str(Path(str(output), _FOLDERS[name])) for name in missing}
+
+
+def folder_field(name: str, content: str) -> Any:
+    """A field of `Places` for one of its folders, None by default."""
+    return Field(None, description=f"folder for {content}; {_FOLDERS[name]} below output_path")
 
 
 def _assigned(cell: str) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, PositiveInt, ValidationError
 
 from helpers import InputError
-from helpers.config import Config
+from helpers.config import Config, Places, folder_field
 
 
 class Parameters(Config):
@@ -181,3 +181,21 @@ def test_help_shows_every_parameter_with_its_default(capsys):
     for name, field in Parameters.model_fields.items():
         assert f"--{name}" in text
         assert f"{field.description} (default: {field.default})" in text
+
+
+class Made(Places):
+    history_path: str | None = folder_field("history_path", "histories")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("runs", "runs/training_history")),
+        ({"output_path": "mine"}, ("mine", "mine/training_history")),
+        ({"output_path": "mine", "history_path": None}, ("mine", "mine/training_history")),
+        ({"history_path": "there"}, ("runs", "there")),
+    ],
+)
+def test_folders_lie_below_the_output_unless_they_are_given(given, expected):
+    made = Made.checked(**given)
+    assert (made.output_path, made.history_path) == expected

@@ -5,6 +5,7 @@ one) and a whole block of bootstrap resamples (weights = how often an image was 
 hold each metric against scikit-learn.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -39,26 +40,34 @@ def evaluate(
     """Test metrics with 95 % percentile-bootstrap intervals over the images.
 
     For two classes precision, recall, F1, AUROC, average precision and Brier score are those of
-    class 1, the positive one; for more they are means over one-versus-rest classes, except the
-    Brier score, which is summed over classes. The calibration error is the expected calibration
-    error of the top class in 15 equal-width bins (Guo et al. 2017, arXiv:1706.04599).
+    class 1, the positive one; for more they are means over one-versus-rest classes (in a bootstrap
+    draw: over the classes that were drawn), except the Brier score, which is summed over classes.
+    The calibration error is the expected calibration error of the top class in 15 equal-width bins
+    (Guo et al. 2017, arXiv:1706.04599).
 
     Args:
         targets: (N,) integer class indices.
         probabilities: (N, classes) rows that sum to one.
         resamples: number of bootstrap draws of N images with replacement.
         seed: of the draws; equal seeds draw equal images, which makes comparisons paired.
-        groups: as in `bootstrap_metrics`.
+        groups: (N,) names of places or scenes, to draw whole groups as well; None or any empty
+            name for no groups.
 
     Returns:
-        Index `metric` (see METRICS), columns `value`, `low`, `high`.
+        Index `metric` (see METRICS), columns `value`, `low`, `high` and, with groups, `group_low`
+        and `group_high`; and `undefined`: how many of the draws (of groups, where there are some)
+        have no value, since only one class was drawn. They are left out of the interval.
     """
     values = weighted_metrics(targets, probabilities, np.ones((1, len(targets))))
-    draws = bootstrap_metrics(targets, probabilities, resamples, seed, groups)
-    rows = {
-        name: (values[name][0], *np.nanpercentile(draws[name], [2.5, 97.5])) for name in METRICS
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"])
+    table = pd.DataFrame({"value": {name: values[name][0] for name in METRICS}})
+    units = {"": None}
+    if groups is not None and (np.asarray(groups) != "").all():
+        units["group_"] = groups
+    for prefix, unit in units.items():
+        draws = bootstrap_metrics(targets, probabilities, resamples, seed, unit)
+        ends = {name: np.nanpercentile(draws[name], [2.5, 97.5]) for name in METRICS}
+        table[[f"{prefix}low", f"{prefix}high"]] = pd.DataFrame(ends).T
+    table["undefined"] = [int(np.isnan(draws[name]).sum()) for name in METRICS]
     return table.rename_axis("metric")
 
 
@@ -87,7 +96,7 @@ def bootstrap_metrics(
     images (cluster bootstrap, Field and Welsh 2007): neighbouring chips are not independent, and
     what is asked is how other places would do.
 
-    A resample without both classes has no AUROC; its entry is NaN.
+    A resample of one class only has no AUROC; its entry is NaN.
     """
     rng = np.random.default_rng(seed)
     n = len(targets)
@@ -131,7 +140,15 @@ def weighted_metrics(
     ]
     squared = (probabilities - np.eye(n_classes)[targets]) ** 2
     brier = squared[:, 1] if n_classes == 2 else squared.sum(axis=1)
-    result = {name: np.mean([c[name] for c in per_class], axis=0) for name in per_class[0]}
+    drawn = np.array([weights @ (targets == c) > 0 for c in scored])
+    if n_classes > 2 and not drawn.all():
+        # A small class, or one that lives in few groups, is missing from many draws.
+        per_class = [
+            {name: np.where(there, values, np.nan) for name, values in row.items()}
+            for row, there in zip(per_class, drawn, strict=True)
+        ]
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # all-NaN columns
+        result = {name: np.nanmean([c[name] for c in per_class], axis=0) for name in per_class[0]}
     return result | {
         "accuracy": weights @ (predicted == targets) / total,
         "brier": weights @ brier / total,
@@ -221,15 +238,17 @@ def paired_difference(
         groups: as in `bootstrap_metrics`.
 
     Returns:
-        `value`, and `low` and `high` of the 95 % percentile interval.
+        `value`, `low` and `high` of the 95 % percentile interval, and `undefined` as in `evaluate`.
     """
     ones = np.ones((1, len(targets)))
     values = [weighted_metrics(targets, p, ones)[metric][0] for p in (first, second)]
     draws = [
         bootstrap_metrics(targets, p, resamples, seed, groups)[metric] for p in (first, second)
     ]
-    low, high = np.nanpercentile(draws[1] - draws[0], [2.5, 97.5])
-    return {"value": values[1] - values[0], "low": low, "high": high}
+    differences = draws[1] - draws[0]
+    low, high = np.nanpercentile(differences, [2.5, 97.5])
+    undefined = int(np.isnan(differences).sum())
+    return {"value": values[1] - values[0], "low": low, "high": high, "undefined": undefined}
 
 
 def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:

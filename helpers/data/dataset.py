@@ -30,7 +30,7 @@ from helpers.data.manifest import (
     scan,
     unreadable_message,
 )
-from helpers.data.splits import SPLITS, leaks, make_splits
+from helpers.data.splits import SPLITS, find_leaks, make_splits
 from helpers.records import ROOT
 
 EXAMPLE = ROOT / "example"
@@ -75,7 +75,8 @@ class ChipData:
     target (index in `classes`), split, group ("" where none), height and width (pixels), n_bands,
     dtype, min and max (of all bands in the file), sha256 of the file, and the columns that the
     input had beside these. `skipped` has img_path and reason. With two classes, `classes[1]` is
-    the positive one. `layout` says in words what was found and which splits were made.
+    the positive one. `layout` says in words what was found and which splits were made, `leaks`
+    what two splits share (empty when they share nothing).
     """
 
     root: Path
@@ -84,11 +85,19 @@ class ChipData:
     bands: tuple[int, ...]
     skipped: pd.DataFrame
     layout: str
+    leaks: list[str]
 
     @property
     def fingerprint(self) -> str:
         """Short SHA-256 of what decides pixels, labels and their order, wherever the data lie."""
-        rows = self.manifest[["sha256", "target", "split"]].to_csv(index=False)
+        return self._digest(self.manifest)
+
+    def split_fingerprint(self, split: str) -> str:
+        """The same of one split alone: it does not change with the chips of the others."""
+        return self._digest(self.manifest[self.manifest["split"] == split])
+
+    def _digest(self, manifest: pd.DataFrame) -> str:
+        rows = manifest[["sha256", "target", "split"]].to_csv(index=False)
         return hashlib.sha256(f"{rows}{self.bands}".encode()).hexdigest()[:16]
 
     def dataset(self, split: str, image_size: int) -> ChipDataset:
@@ -146,11 +155,10 @@ def load_data(
     check_classes_in_splits(manifest, names, root)
     if made:
         layout += f"; {' and '.join(sorted(made))} made here with seed {seed}"
-    data = ChipData(root, manifest, names, bands, skipped, layout)
-    shared = leaks(manifest)
-    if shared and on_leakage == "error":
-        raise InputError(f"{root}: {'; '.join(shared)}. Keep each in one split.")
-    return data
+    leaks = find_leaks(manifest)
+    if leaks and on_leakage == "error":
+        raise InputError(f"{root}: {'; '.join(leaks)}. Keep each in one split.")
+    return ChipData(root, manifest, names, bands, skipped, layout, leaks)
 
 
 def band_statistics(data: ChipData, image_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,6 @@ import pandas as pd
 
 from helpers.data.dataset import ChipData
 from helpers.data.manifest import class_counts
-from helpers.data.splits import leaks
 
 
 def data_report(data: ChipData) -> str:
@@ -31,11 +30,10 @@ def data_report(data: ChipData) -> str:
         "unreadable": f"{len(data.skipped)} skipped" if len(data.skipped) else "none",
         "identical": f"{copies} images have a byte-identical twin, {two_labels} under two labels",
         "groups": groups or "none given",
-        "leakage": "no image and no group in two splits",
+        "leakage": "WARNING: " + "; ".join(data.leaks)
+        if data.leaks
+        else "no image and no group in two splits",
     }
-    shared = leaks(data.manifest)
-    if shared:
-        facts["leakage"] = "WARNING: " + "; ".join(shared)
     lines = [f"{name:<12}{value}" for name, value in facts.items()]
     lines += [f"  {row.img_path}: {row.reason}" for row in data.skipped.head(10).itertuples()]
     if len(data.skipped) > 10:

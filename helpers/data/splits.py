@@ -65,7 +65,7 @@ def _shared(manifest: pd.DataFrame, column: str) -> pd.Series:
     return (rows["img_path"] + " (" + rows["split"] + ")").groupby(rows[column]).agg(", ".join)
 
 
-def leaks(manifest: pd.DataFrame) -> list[str]:
+def find_leaks(manifest: pd.DataFrame) -> list[str]:
     """Say in words what two splits share; empty when they share nothing."""
     leaks = []
     images, groups = _shared(manifest, "sha256"), _shared(manifest, "group")

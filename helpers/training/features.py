@@ -125,7 +125,7 @@ def cached_features(
     """
     dataset = data.dataset(split, classifier.config.image_size)
     key = {
-        "data": data.fingerprint,
+        "data": data.split_fingerprint(split),
         "split": split,
         "backbone": weights_digest(classifier.backbone),
         "image_size": classifier.config.image_size,

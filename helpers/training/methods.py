@@ -301,7 +301,8 @@ def _chips(config: RunConfig, data: ChipData, split: str) -> ChipExamples:
     chips = decoded(
         dataset,
         config.memory_limit_gb * 1e9,
-        Path(config.cache_path) / f"chips_{data.fingerprint}_{config.image_size}_{split}.bin",
+        Path(config.cache_path)
+        / f"chips_{data.split_fingerprint(split)}_{config.image_size}_{split}.bin",
     )
     views = DIHEDRAL_VIEWS if config.augment and split == "train" else 1
     return ChipExamples(chips, dataset.targets, views)

@@ -313,7 +313,10 @@ def test_fingerprint(tmp_path):
     assert load_data(root, bands=(2, 1, 0)).fingerprint != data.fingerprint
     assert load_data(root, classes=CLASSES[::-1]).fingerprint != data.fingerprint
     write_chip(root / "test/tree/001.png", make_chip(99))
-    assert load_data(root).fingerprint != data.fingerprint
+    changed = load_data(root)
+    assert changed.fingerprint != data.fingerprint
+    same = [changed.split_fingerprint(s) == data.split_fingerprint(s) for s in SPLITS]
+    assert same == [True, True, False]
 
 
 # --------------------------------------------------------------------------------- bad parameters

@@ -36,6 +36,13 @@ from helpers.records import ROOT
 EXAMPLE = ROOT / "example"
 
 
+def resize(chips: torch.Tensor, size: int) -> torch.Tensor:
+    """Chips (..., bands, H, W) as squares of `size` pixels (bicubic, antialiased), same dtype."""
+    if chips.shape[-2:] == (size, size):
+        return chips
+    return F.resize(chips, [size, size], F.InterpolationMode.BICUBIC, antialias=True)
+
+
 class ChipDataset(Dataset):
     """The chips of one split: (chip tensor (bands, S, S), target) of S = image_size pixels.
 
@@ -55,10 +62,7 @@ class ChipDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Read one chip, resized (bicubic, antialiased) where its size is another."""
         chip = torch.from_numpy(read_chip(self.paths[index], self.bands))
-        size = [self.image_size, self.image_size]
-        if list(chip.shape[1:]) != size:
-            chip = F.resize(chip, size, F.InterpolationMode.BICUBIC, antialias=True)
-        return chip, int(self.targets[index])
+        return resize(chip, self.image_size), int(self.targets[index])
 
     def examples(self, target: int, count: int) -> torch.Tensor:
         """Chips of one class for a look, evenly spaced over the split, (count, bands, S, S)."""
@@ -99,6 +103,16 @@ class ChipData:
     def _digest(self, manifest: pd.DataFrame) -> str:
         rows = manifest[["sha256", "target", "split"]].to_csv(index=False)
         return hashlib.sha256(f"{rows}{self.bands}".encode()).hexdigest()[:16]
+
+    @property
+    def chip_facts(self) -> dict:
+        """What a classifier keeps of its chips: the last fields of `ClassifierConfig`."""
+        dtypes = self.manifest["dtype"].unique()
+        return {
+            "chip_size": round(self.manifest[["height", "width"]].median(axis=None)),
+            "chip_bands": int(self.manifest["n_bands"].iloc[0]),
+            "chip_dtype": str(dtypes[0]) if len(dtypes) == 1 else None,
+        }
 
     def dataset(self, split: str, image_size: int) -> ChipDataset:
         """Return the chips of `split`, square at `image_size` pixels, in manifest order."""

@@ -33,6 +33,12 @@ class ClassifierConfig:
         head_input: a name in `HEAD_INPUTS`.
         mean: per band, in units of the chips (8-bit chips: 0 to 255).
         std: per band, in units of the chips.
+        chip_size: median side of the training chips in pixels, before they were resized.
+        chip_bands: how many bands their files have.
+        chip_dtype: in which type of numbers they are stored; None for several types.
+        resolution: ground units of one of their pixels, where they had coordinates.
+
+    The last four are what a new chip or scene is compared with; None where a file is older.
     """
 
     backbone: str
@@ -43,6 +49,10 @@ class ClassifierConfig:
     head_input: str = "cls"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    chip_size: int | None = None
+    chip_bands: int | None = None
+    chip_dtype: str | None = None
+    resolution: float | None = None
 
     def __post_init__(self):
         """Raise InputError for a field that no classifier can be built from."""

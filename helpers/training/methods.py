@@ -95,6 +95,7 @@ def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
             head_input=config.head_inputs[0] if config.method == "head_only" else config.head_input,
             mean=mean,
             std=std,
+            **data.chip_facts,
         )
     )
 

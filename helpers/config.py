@@ -5,7 +5,7 @@ import ast
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, get_origin
+from typing import Any, NoReturn, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -56,7 +56,7 @@ class Config(BaseModel):
     @classmethod
     def from_arguments(cls, description: str, arguments: list[str] | None = None) -> Self:
         """Read the parameters from the command line: `--name value`, lists as several values."""
-        parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+        parser = _Parser(description=description, allow_abbrev=False)
         for name, field in cls.model_fields.items():
             options: dict[str, Any] = {"help": f"{field.description} (default: {field.default})"}
             if field.annotation is bool:
@@ -94,6 +94,14 @@ class Places(Config):
 def folder_field(name: str, content: str) -> Any:
     """A field of `Places` for one of its folders, None by default."""
     return Field(None, description=f"folder for {content}; {_FOLDERS[name]} below output_path")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, not thirty of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
+        raise InputError(f"{message}; --help lists the parameters")
 
 
 def _assigned(cell: str) -> list[str]:

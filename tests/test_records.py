@@ -1,16 +1,34 @@
 """Files appear whole or not at all; records carry their provenance and no names of machines."""
 
 import json
+import os
 import platform
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import psutil
 import pytest
 import torch
 
-from helpers.records import environment, write_json, written_whole
+from helpers import InputError, records
+from helpers.records import (
+    check_plain_name,
+    environment,
+    heal,
+    write_json,
+    written_whole,
+    written_whole_folder,
+)
+
+
+def run_python(code, *arguments):
+    """Run code in a process of its own; return what it printed and its exit status."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout, done.returncode, done.stderr
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -81,17 +99,193 @@ def test_the_environment_does_not_name_the_machine(monkeypatch):
     assert "name-of-the-machine" not in json.dumps(environment())
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def file_system(request, monkeypatch):
+    """One that can exchange two folders in a step, and one that cannot."""
+    if request.param == "two renames":
+        monkeypatch.setattr(records, "_exchange", lambda one, other: False)
+    return request.param
+
+
+def write_folder(folder, text, size=3):
+    with written_whole_folder(folder) as part:
+        for number in range(size):
+            (part / f"{number}.txt").write_text(text)
+
+
+def texts(folder):
+    return {path.read_text() for path in folder.iterdir()}
+
+
+def test_a_folder_replaces_another_as_a_whole(tmp_path, file_system):
+    folder = tmp_path / "new" / "tiles.v1"
+    write_folder(folder, "first", size=5)
+    write_folder(folder, "second")
+    assert texts(folder) == {"second"} and len(list(folder.iterdir())) == 3
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_folder_and_no_part(error, tmp_path, file_system):
+    write_folder(tmp_path / "adapter", "old")
+    with pytest.raises(error), written_whole_folder(tmp_path / "adapter") as part:
+        (part / "half.txt").write_text("half")
+        raise error
+    assert texts(tmp_path / "adapter") == {"old"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
+
+
+def test_a_folder_that_cannot_come_leaves_the_old_one(tmp_path, monkeypatch):
+    """The second of two renames fails."""
+    write_folder(tmp_path / "adapter", "old")
+    monkeypatch.setattr(records, "_exchange", lambda one, other: False)
+    rename = records.Path.rename
+
+    def refuse(path, target):
+        if ".part" in path.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(records.Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        write_folder(tmp_path / "adapter", "new")
+    assert texts(tmp_path / "adapter") == {"old"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
+
+
+def test_a_file_where_a_folder_shall_be_is_left_alone(tmp_path, file_system):
+    (tmp_path / "adapter").write_text("a file")
+    with pytest.raises(NotADirectoryError, match="adapter"):
+        write_folder(tmp_path / "adapter", "new")
+    assert (tmp_path / "adapter").read_text() == "a file"
+    assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_writer_killed_at_any_step_loses_nothing(tmp_path, step, exchange):
+    """Killed before each of its calls that change names: one whole folder is there after healing.
+
+    Steps after the last call let the writer finish.
+    """
+    write_folder(tmp_path / "adapter", "old")
+    code = (
+        "import os, shutil, sys\n"
+        "from pathlib import Path\n"
+        "from helpers import records\n"
+        "folder, last, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == 'True'\n"
+        "done = 0\n"
+        "def killed_at(function):\n"
+        "    def call(*arguments, **options):\n"
+        "        global done\n"
+        "        done += 1\n"
+        "        if done == last:\n"
+        "            os._exit(9)\n"
+        "        return function(*arguments, **options)\n"
+        "    return call\n"
+        "if not exchange:\n"
+        "    records._exchange = lambda one, other: False\n"
+        "records._exchange = killed_at(records._exchange)\n"
+        "Path.rename, Path.mkdir = killed_at(Path.rename), killed_at(Path.mkdir)\n"
+        "shutil.rmtree = killed_at(shutil.rmtree)\n"
+        "with records.written_whole_folder(folder) as part:\n"
+        "    (part / 'a.txt').write_text('new')\n"
+    )
+    _, status, error = run_python(code, tmp_path / "adapter", step, exchange)
+    assert status in (0, 9), error
+    if exchange:
+        assert (tmp_path / "adapter").is_dir()
+    heal(tmp_path)
+    assert texts(tmp_path / "adapter") in ({"old"}, {"new"})
+    assert status == 9 or texts(tmp_path / "adapter") == {"new"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
+
+
+def test_the_next_writer_clears_what_a_killed_one_left(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from helpers.records import written_whole\n"
+        "with written_whole(sys.argv[1]) as part:\n"
+        "    part.write_text('half')\n"
+        "    os._exit(9)\n"
+    )
+    assert run_python(code, tmp_path / "table.csv")[1] == 9
+    assert len(list(tmp_path.glob(".table.*.part.csv"))) == 1
+    write_json(tmp_path / "other.json", {})
+    assert list(tmp_path.iterdir()) == [tmp_path / "other.json"]
+
+
+def test_healing_leaves_running_and_foreign_writers_alone(tmp_path):
+    """A part of this process, one of another machine, and files that only look alike."""
+    mine = tmp_path / f".table.{records._system()}-{os.getpid()}-0.part.csv"
+    theirs = tmp_path / ".table.00000000-1-0.part.csv"
+    others = [tmp_path / ".hidden.part.csv", tmp_path / ".a.1234.old", tmp_path / "a.part"]
+    for path in (mine, theirs, *others):
+        path.write_text("")
+    heal(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, theirs, *others}
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(theirs, (two_days_ago, two_days_ago))
+    heal(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, *others}
+
+
+def test_writers_of_one_folder_do_not_disturb_each_other(tmp_path, file_system):
+    """Every look by a reader finds one writer's folder (where the system can exchange them)."""
+    folder, errors, looks = tmp_path / "adapter", [], []
+    write_folder(folder, "first")
+
+    def write(text):
+        try:
+            for _ in range(25):
+                write_folder(folder, text)
+        except Exception as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(f"writer {n}",)) for n in range(3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        looks.append(folder.is_dir())
+    for writer in writers:
+        writer.join()
+    assert not errors
+    assert len(texts(folder)) == 1 and list(tmp_path.iterdir()) == [folder]
+    assert file_system == "two renames" or all(looks)
+
+
+@pytest.mark.parametrize("name", ["lora_example_seed0", "tiles.v1..2", "Bäume 5 %", "a" * 150])
+def test_plain_names_pass(name):
+    assert check_plain_name("run_name", name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/a", "a\\b", "a\0b", "a\nb", "\udc80", "ä" * 76, ".a"]
+)
+def test_other_names_are_refused_in_one_line(name):
+    with pytest.raises(InputError) as error:
+        check_plain_name("run_name", name)
+    message = str(error.value)
+    assert message.startswith("run_name: ") and message.isprintable() and len(message) < 300
+
+
+def test_records_need_no_torch():
+    code = (
+        "import sys\n"
+        "from helpers.records import peak_memory_bytes, reset_peak_memory\n"
+        "reset_peak_memory()\n"
+        "print(peak_memory_bytes('cpu') > 0, 'torch' in sys.modules, 'numpy' in sys.modules)\n"
+    )
+    assert run_python(code) == ("True False False\n", 0, "")
+
+
 def test_peak_memory_sees_what_was_freed_again():
     """In a process of its own: a long test run's memory rises and falls by more than a block."""
     code = (
-        "import numpy as np, torch\n"
         "from helpers.records import peak_memory_bytes, reset_peak_memory\n"
         "reset_peak_memory()\n"
-        "before = peak_memory_bytes(torch.device('cpu'))\n"
-        "np.ones(2**28, dtype=np.uint8)\n"
-        "print(peak_memory_bytes(torch.device('cpu')) - before)"
+        "before = peak_memory_bytes('cpu')\n"
+        "b'x' * 2**28\n"
+        "print(peak_memory_bytes('cpu') - before)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert 2**27 < int(done.stdout) < 2**29
+    assert 2**27 < int(run_python(code)[0]) < 2**29

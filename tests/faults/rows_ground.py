@@ -1,0 +1,37 @@
+"""Faults in parameters, whichever command they are given to, and disks that refuse."""
+
+from tests.fake_data import manifest_folder
+from tests.faults.fault import Fault
+
+
+def chips(folder):
+    manifest_folder(folder / "data")
+
+
+def a_file_for_a_folder(folder):
+    chips(folder)
+    (folder / "taken").write_text("a file")
+
+
+F = "finetune --data_path data --image_size 28 --head_inputs cls --learning_rates 0.01"
+
+ROWS = [
+    Fault("unknown flag", None, "finetune --epoch 3", ("--epoch",)),
+    Fault("flag without a value", None, "finetune --epochs", ("epochs", "expected")),
+    Fault("stray word", None, "load_data stray", ("stray",)),
+    Fault("text for a number", None, "finetune --epochs ten", ("epochs: ", "'ten'")),
+    Fault("number out of range", None, "probe --neighbours 0", ("neighbours: ", "'0'")),
+    Fault("not a number", None, "finetune --learning_rates nan", ("learning_rates: ", "'nan'")),
+    Fault("unknown choice", None, "finetune --method dOra", ("method: ", "'dora'", "'dOra'")),
+    Fault(
+        "two wrong parameters",
+        None,
+        "production_benchmarking --batch_sizes 0 --threads x",
+        ("batch_sizes: ", "threads: "),
+    ),
+    Fault(
+        "history below a file", a_file_for_a_folder, f"{F} --history_path taken/history", ("taken",)
+    ),
+    Fault("cache below a file", a_file_for_a_folder, f"{F} --cache_path taken/cache", ("taken",)),
+    Fault("output below a file", a_file_for_a_folder, f"{F} --output_path taken/out", ("taken",)),
+]

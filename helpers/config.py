@@ -5,12 +5,15 @@ import ast
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from helpers import InputError
 
+MAX_NUMBER = 2**32  # of a seed that NumPy takes; no count here comes near it
+MAX_TEXT = 4095  # the longest path that Linux takes, in bytes
 _INJECTED = "# Parameters"  # how papermill begins the cell that it adds
 
 
@@ -25,6 +28,17 @@ class Config(BaseModel):
         """Let a single value stand for a list of one, as in `papermill -p head_inputs cls`."""
         if _is_list(cls.model_fields[info.field_name].annotation):
             return [value] if isinstance(value, str | int | float) else value
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        """Refuse numbers and texts that no parameter can mean, before a library trips over them."""
+        for item in value if isinstance(value, tuple) else [value]:
+            if isinstance(item, int) and abs(item) >= MAX_NUMBER:
+                raise ValueError(f"{item} is 2**32 or more")
+            if isinstance(item, str) and ("\0" in item or len(item) > MAX_TEXT):
+                raise ValueError(f"holds a NUL character or more than {MAX_TEXT} characters")
         return value
 
     @classmethod
@@ -55,14 +69,15 @@ class Config(BaseModel):
 
     @classmethod
     def from_arguments(cls, description: str, arguments: list[str] | None = None) -> Self:
-        """Read the parameters from the command line: `--name value`, lists as several values."""
-        parser = _Parser(description=description, allow_abbrev=False)
+        """Read the parameters from the command line: `--name value`, lists as several values.
+
+        argparse only splits the words; values are checked as everywhere, all at once and each in a
+        line. pydantic-settings has no `--bands 3 0`; tyro has, and answers each error with a box.
+        """
+        parser = _Parser(description=description, allow_abbrev=False, usage="%(prog)s [options]")
         for name, field in cls.model_fields.items():
-            options: dict[str, Any] = {"help": f"{field.description} (default: {field.default})"}
-            if field.annotation is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif _is_list(field.annotation):
-                options["nargs"] = "+"
+            options = _options(field.annotation)
+            options["help"] = f"{field.description}{_default(field.default)}".replace("%", "%%")
             parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **options)
         return cls.checked(**vars(parser.parse_args(arguments)))
 
@@ -111,11 +126,36 @@ def _assigned(cell: str) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
+def _plain(annotation) -> Any:
+    """A type without bounds and without None: int of `PositiveInt | None`."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return _plain(next(part for part in get_args(annotation) if part is not NoneType))
+    return annotation
+
+
 def _is_list(annotation) -> bool:
     """Whether a field holds several values: `tuple[int, ...]` or `tuple[int, ...] | None`."""
-    return get_origin(annotation) is tuple or any(
-        get_origin(part) is tuple for part in getattr(annotation, "__args__", ())
-    )
+    return get_origin(_plain(annotation)) is tuple
+
+
+def _options(annotation) -> dict[str, Any]:
+    """What argparse is told of a type: a switch, or one or several values and what they may be."""
+    plain = _plain(annotation)
+    if plain is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    value = _plain(get_args(plain)[0]) if _is_list(plain) else plain
+    choices = "{" + ",".join(map(str, get_args(value))) + "}"
+    shown = choices if get_origin(value) is Literal else value.__name__
+    return {"metavar": (shown, ""), "nargs": "+"} if _is_list(plain) else {"metavar": shown}
+
+
+def _default(value) -> str:
+    """A default as one would type it; where it is None, the description says what happens."""
+    if value is None:
+        return ""
+    return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
 
 
 def _problem(cls: type[Config], error) -> str:
@@ -123,4 +163,5 @@ def _problem(cls: type[Config], error) -> str:
     if error["type"] == "extra_forbidden":
         return f"{name}: unknown parameter; the parameters are {', '.join(cls.model_fields)}"
     what = error["msg"].removeprefix("Value error, ")
-    return f"{name}: {what} (got {error['input']!r})"
+    given = repr(error["input"])
+    return f"{name}: {what} (got {given if len(given) <= 200 else given[:200] + ' ...'})"

@@ -16,7 +16,10 @@ class Parameters(Config):
     learning_rates: tuple[float, ...] = Field((1e-3,), min_length=1, description="of AdamW")
     bands: tuple[int, ...] | None = Field(None, description="zero-based bands")
     augment: bool = Field(False, description="flips and rotations")
-    run_name: str | None = Field(None, description="name of the run's files")
+    run_name: str | None = Field(None, description="name of the run's files; 100 % yours")
+    save_merged: bool | None = Field(None, description="one merged file; where it is small")
+    sizes: tuple[PositiveInt, ...] | None = Field(None, description="pixels")
+    kinds: tuple[Literal["a", "b"], ...] = Field(("a", "b"), description="to build")
 
 
 def notebook(injected="", **values):
@@ -43,7 +46,8 @@ WRONG_VALUES = {
     "bands": ["red", [0.5]],
     "augment": ["maybe", 7],
     "data_path": [3, None],
-    "run_name": [["a"]],
+    "run_name": [["a"], "a\0b", "a" * 5000],
+    "sizes": [2**70, [1, 2**32]],
 }
 
 
@@ -68,7 +72,7 @@ def test_the_choices_stand_in_the_message():
 def test_an_unknown_parameter_lists_the_known_ones():
     assert refusal(Parameters.checked, epoch=3) == (
         "epoch: unknown parameter; the parameters are data_path, epochs, method, learning_rates, "
-        "bands, augment, run_name"
+        "bands, augment, run_name, save_merged, sizes, kinds"
     )
 
 
@@ -171,14 +175,34 @@ def test_a_wrong_value_on_the_command_line_names_its_parameter(arguments, name):
     assert message.startswith(f"{name}: ") and f"(got '{arguments[-1]}')" in message
 
 
-def test_help_shows_every_parameter_with_its_default(capsys):
+def test_help_shows_every_parameter_with_type_choices_and_default(capsys):
     with pytest.raises(SystemExit) as caught:
         Parameters.from_arguments("Train.", ["--help"])
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, field in Parameters.model_fields.items():
-        assert f"--{name}" in text
-        assert f"{field.description} (default: {field.default})" in text
+    for shown in (
+        "--data_path str folder (default: example)",
+        "--epochs int passes (default: 100)",
+        "--method {head_only,lora} head_only or lora (default: head_only)",
+        "--learning_rates float [ ...] of AdamW (default: 0.001)",
+        "--bands int [ ...] zero-based bands",
+        "--augment, --no-augment flips and rotations (default: False)",
+        "--run_name str name of the run's files; 100 % yours",
+        "--save_merged, --no-save_merged one merged file; where it is small",
+        "--sizes int [ ...] pixels",
+        "--kinds {a,b} [ ...] to build (default: a b)",
+    ):
+        assert shown in text
+
+
+def test_a_switch_may_be_left_open():
+    assert Parameters.from_arguments("Train.", []).save_merged is None
+    assert Parameters.from_arguments("Train.", ["--no-save_merged"]).save_merged is False
+
+
+def test_a_long_value_is_shown_shortened():
+    message = refusal(Parameters.checked, data_path="a" * 5000)
+    assert len(message) < 400 and message.startswith("data_path: holds a NUL character or more")
 
 
 class Made(Places):

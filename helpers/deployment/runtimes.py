@@ -127,7 +127,7 @@ def _load_torch(variant: Variant, threads: int, device: str) -> Predict:
             layer.weight = torch.nn.Parameter(
                 torch.sparse.to_sparse_semi_structured(layer.weight), requires_grad=False
             )
-    return _torch_predict(model, device, variant.options.get("autocast"))
+    return torch_predict(model, device, variant.options.get("autocast"))
 
 
 def block_layers(backbone) -> dict:
@@ -162,10 +162,11 @@ def _load_aot_inductor(variant: Variant, threads: int, device: str) -> Predict:
     # The loader that C++ servers link; `torch._inductor.aoti_load_package` wraps it, but loads the
     # compiler too, which takes 15 s.
     loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
-    return _torch_predict(lambda chips: loader.run([chips])[0], device, None)
+    return torch_predict(lambda chips: loader.run([chips])[0], device)
 
 
-def _torch_predict(model, device: str, autocast: str | None) -> Predict:
+def torch_predict(model, device: str, autocast: str | None = None) -> Predict:
+    """Serve a model that lies on `device` and takes chips as `Predict` does."""
     import torch
 
     def predict(chips: np.ndarray) -> np.ndarray:

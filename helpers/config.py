@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self, Union, get_args, get
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from helpers import InputError
+from helpers.console import report_cells
 
 MAX_NUMBER = 2**32  # of a seed that NumPy takes; no count here comes near it
 MAX_TEXT = 4095  # the longest path that Linux takes, in bytes
@@ -55,7 +56,9 @@ class Config(BaseModel):
         """Read the parameters out of a notebook's `globals()`.
 
         papermill only warns of a parameter that the notebook does not have; here it is an error.
+        From here on a notebook that runs in batch says what it does (`report_cells`).
         """
+        report_cells()
         cells = namespace.get("In", [])
         for offered, injected in itertools.pairwise(cells):
             if injected.startswith(_INJECTED):

@@ -6,6 +6,7 @@
 
 import argparse
 import html
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import read_yaml_file
 from traitlets.config import Config
+
+from helpers.console import NOTEBOOK
 
 # In order, with what `make run` changes in them beside the folders.
 NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}, "benchmark": {}}
@@ -37,6 +40,7 @@ def run_notebook(name: str, output: Path, parameters: dict) -> float:
         SystemExit: a cell failed; the executed notebook with the error stays for reading.
     """
     start = time.perf_counter()
+    os.environ[NOTEBOOK] = f"{name}.ipynb"  # its kernel inherits it, and says it in its lines
     try:
         papermill.execute_notebook(
             ROOT / f"{name}.ipynb",

@@ -76,3 +76,16 @@ def manifest_folder(root, **options):
     """Write chips and `root/manifest.csv` with the rows of `manifest_rows`; return root."""
     manifest_rows(root, **options).to_csv(Path(root, "manifest.csv"), index=False)
     return Path(root)
+
+
+def write_scene(path, values, *, crs="EPSG:32615", transform=None, **profile):
+    """Write (bands, height, width) as a tiled GeoTIFF of half a metre a pixel; return the path."""
+    count, height, width = values.shape
+    transform = transform or rasterio.transform.from_origin(500_000, 4_000_000, 0.5, 0.5)
+    profile = {"count": count, "height": height, "width": width, "dtype": values.dtype.name,
+               "crs": crs, "transform": transform, "tiled": True, "blockxsize": 64,
+               "blockysize": 64, "compress": "deflate", **profile}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(path, "w", driver="GTiff", **profile) as raster:
+        raster.write(values)
+    return path

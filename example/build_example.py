@@ -3,7 +3,7 @@
     pip download --no-deps deepforest==2.1.0
     python example/build_example.py deepforest-2.1.0-py3-none-any.whl
 
-The wheel is read as a zip archive, never installed or imported. Writes `chips/`, `manifest.csv`
+The wheel is read as a zip archive, never installed or imported. Writes `chips.zip`, `manifest.csv`
 and `LICENSE.deepforest` beside this script and prints the table that stands in `CARD.md`. A folder
 as second argument also receives the whole ground of the training split, one PNG a scene: what
 `pretrain_backbone.py` may see of these scenes.
@@ -12,7 +12,6 @@ as second argument also receives the whole ground of the training split, one PNG
 import csv
 import hashlib
 import io
-import shutil
 import sys
 import xml.etree.ElementTree as ET
 import zipfile
@@ -136,6 +135,15 @@ def read_scenes(wheel: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return scenes
 
 
+def pack(chips: list[tuple[str, bytes]], path: Path) -> None:
+    """Write (name, JPEG) pairs as a zip file, not compressed again: the same bytes every time."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, jpeg in chips:
+            entry = zipfile.ZipInfo(name)  # of 1980, by nobody
+            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            archive.writestr(entry, jpeg)
+
+
 def build(wheel: Path, output: Path) -> list[dict]:
     """Write chips, manifest and licence under `output`; returns the manifest's rows.
 
@@ -150,11 +158,7 @@ def build(wheel: Path, output: Path) -> list[dict]:
     with zipfile.ZipFile(wheel) as archive:
         licence = archive.read("deepforest-2.1.0.dist-info/licenses/LICENSE")
 
-    shutil.rmtree(output / "chips", ignore_errors=True)
-    for row, jpeg in chips:
-        path = output / row["img_path"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg)
+    pack([(row["img_path"], jpeg) for row, jpeg in chips], output / "chips.zip")
     rows = [row for row, _ in chips]
     with open(output / "manifest.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")

@@ -7,22 +7,23 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
 from sklearn.preprocessing import StandardScaler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from helpers import InputError
 from helpers.config import Config
-from helpers.data.chips import FORMATS, read_chip
+from helpers.data.chips import FORMATS, read_chip, read_chip_and_missing
+from helpers.data.example import unpacked_example
+from helpers.data.leakage import find_leaks, inseparable, relations
 from helpers.data.manifest import (
     check_classes_in_splits,
-    check_option,
     check_paths,
     check_pixels,
     find_chips,
@@ -30,10 +31,7 @@ from helpers.data.manifest import (
     scan,
     unreadable_message,
 )
-from helpers.data.splits import SPLITS, find_leaks, make_splits
-from helpers.records import ROOT
-
-EXAMPLE = ROOT / "example"
+from helpers.data.splits import SPLITS, make_splits
 
 
 def resize(chips: torch.Tensor, size: int) -> torch.Tensor:
@@ -62,7 +60,22 @@ class ChipDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Read one chip, resized (bicubic, antialiased) where its size is another."""
         chip = torch.from_numpy(read_chip(self.paths[index], self.bands))
-        return resize(chip, self.image_size), int(self.targets[index])
+        return self._resized(chip), int(self.targets[index])
+
+    def _resized(self, chip: torch.Tensor) -> torch.Tensor:
+        size = [self.image_size, self.image_size]
+        if list(chip.shape[1:]) == size:
+            return chip
+        return F.resize(chip, size, F.InterpolationMode.BICUBIC, antialias=True)
+
+    def valid_pixels(self, index: int) -> np.ndarray:
+        """The pixels of a chip as it is trained on, float64 (S * S, bands); NaN for nodata."""
+        chip, missing = read_chip_and_missing(self.paths[index], self.bands)
+        pixels = self._resized(torch.from_numpy(chip)).double()
+        if missing is not None:  # of a resized pixel, at least half
+            share = self._resized(torch.from_numpy(missing.astype(np.float32)))
+            pixels[share >= 0.5] = torch.nan
+        return pixels.flatten(1).T.numpy()
 
     def examples(self, target: int, count: int) -> torch.Tensor:
         """Chips of one class for a look, evenly spaced over the split, (count, bands, S, S)."""
@@ -77,10 +90,12 @@ class ChipData:
 
     `manifest` has one row a chip: img_path (posix, relative to `root`), label (final class name),
     target (index in `classes`), split, group ("" where none), height and width (pixels), n_bands,
-    dtype, min and max (of all bands in the file), sha256 of the file, and the columns that the
-    input had beside these. `skipped` has img_path and reason. With two classes, `classes[1]` is
-    the positive one. `layout` says in words what was found and which splits were made, `leaks`
-    what two splits share (empty when they share nothing).
+    dtype, min and max (of all bands in the file), nodata (share of the values in use that have
+    none), sha256 of the file, resolution (side of a pixel in ground units) and crs of the chips
+    that carry coordinates (NaN and "" for others), and the columns that the input had besides.
+    `skipped` has img_path and reason. With two classes, `classes[1]` is the positive one.
+    `layout` says in words what was found and which splits were made, `leaks` what two splits
+    share (empty when they share nothing).
     """
 
     root: Path
@@ -123,72 +138,25 @@ class ChipData:
         return ChipDataset(paths, rows["target"], self.bands, image_size)
 
 
-def load_data(
-    data_path: str | Path,
-    *,
-    bands: Sequence[int] | None = None,
-    classes: Sequence[str] | None = None,
-    positive_class: str | None = None,
-    group_column: str = "group",
-    seed: int = 0,
-    on_unreadable: str = "error",
-    on_leakage: str = "warn",
-) -> ChipData:
-    """Find, read and check every chip under `data_path`, and make the splits that are missing.
-
-    data_path: folder with `manifest.csv`, with `train_clean.csv` and the like, with split
-        folders or with class folders; a CSV manifest (img_path, label, optional split and group);
-        or the word `eurosat` (torchvision, downloaded to ./data).
-    bands: zero-based bands to use, in order; None takes the first three (all of fewer).
-    classes: class names to keep, in the order of their targets; None keeps all, alphabetically.
-    positive_class: the class with target 1; more than two classes become it against `rest`.
-    group_column: manifest column naming what must stay in one split (a scene, a block).
-    on_unreadable: "error", or "skip" to list unreadable files in `skipped` and go on.
-    on_leakage: "warn" (in the report), or "error", when given splits share images or groups.
-
-    Missing splits are made from train: a fifth of it each, stratified, seeded; whole groups and
-    byte-identical files stay together. Memory grows with the manifest rows only, not the pixels.
-    Raises InputError for everything that is wrong with the data or a parameter.
-    """
-    check_option("on_unreadable", on_unreadable, ("error", "skip"))
-    check_option("on_leakage", on_leakage, ("warn", "error"))
-    if seed not in range(2**32):
-        raise InputError(f"seed: {seed} is not a whole number from 0 to 2**32 - 1.")
-    root, entries, layout = find_chips(data_path, group_column)
-    if entries.empty:
-        raise InputError(f"{data_path}: no images found. Known: {', '.join(FORMATS)}.")
-    entries = check_paths(root, entries)
-    labels, names = pick_classes(entries["label"], classes, positive_class, root)
-    entries = entries.assign(label=labels)[labels.notna()].reset_index(drop=True)
-    manifest, skipped = scan(root, entries)
-    if len(skipped) and (on_unreadable == "error" or manifest.empty):
-        raise InputError(unreadable_message(root, skipped, len(entries)))
-    bands = check_pixels(manifest, bands)
-    manifest["target"] = manifest["label"].map(names.index)
-    manifest, made = make_splits(manifest, seed)
-    check_classes_in_splits(manifest, names, root)
-    if made:
-        layout += f"; {' and '.join(sorted(made))} made here with seed {seed}"
-    leaks = find_leaks(manifest)
-    if leaks and on_leakage == "error":
-        raise InputError(f"{root}: {'; '.join(leaks)}. Keep each in one split.")
-    return ChipData(root, manifest, names, bands, skipped, layout, leaks)
-
-
 def band_statistics(data: ChipData, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each band over the training split, in chip units.
 
-    Both float32 (bands,), over all pixels of the chips at `image_size`; computed in float64 over
-    a stream of batches. A constant band has standard deviation 1, so that dividing by it is safe.
+    Both float32 (bands,), over all pixels of the chips at `image_size` that have data; computed in
+    float64 over a stream of batches. A constant band has standard deviation 1, so that dividing
+    by it is safe.
     """
-    scaler = StandardScaler()
-    for chips, _ in DataLoader(data.dataset("train", image_size), batch_size=64):
-        scaler.partial_fit(chips.movedim(1, -1).flatten(0, -2).double().numpy())
+    scaler, chips = StandardScaler(), data.dataset("train", image_size)
+    for batch in np.array_split(np.arange(len(chips)), range(64, len(chips), 64)):
+        scaler.partial_fit(np.concatenate([chips.valid_pixels(index) for index in batch]))
     return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
 
+# A class may be called 1: a notebook's `positive_class = 1` means the class "1".
+ClassName = Annotated[str, Field(coerce_numbers_to_str=True)]
+
+
 class DataConfig(Config):
-    """The parameters of `load_data`, as the command line and the notebooks offer them."""
+    """What `load_data` takes, as the command line and the notebooks offer it."""
 
     data_path: str = Field(
         "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
@@ -196,20 +164,62 @@ class DataConfig(Config):
     bands: tuple[int, ...] | None = Field(
         None, description="zero-based bands, in order; the first three by default"
     )
-    classes: tuple[str, ...] | None = Field(None, description="classes to keep, in order")
-    positive_class: str | None = Field(
+    classes: tuple[ClassName, ...] | None = Field(None, description="classes to keep, in order")
+    positive_class: ClassName | None = Field(
         None, description="the positive one; of more than two classes the others are merged"
     )
     group_column: str = Field("group", description="manifest column of what stays in one split")
     split_seed: int = Field(0, ge=0, lt=2**32, description="of the splits that are made")
     on_unreadable: Literal["error", "skip"] = Field("error", description="error or skip")
     on_leakage: Literal["warn", "error"] = Field(
-        "warn", description="if given splits share images or groups: warn or error"
+        "warn", description="if given splits share images, groups or ground: warn or error"
     )
 
     def data(self) -> ChipData:
-        """Load and check the chips; raises as `load_data`."""
-        options = self.model_dump(include=set(DataConfig.model_fields) - {"data_path"})
-        seed = options.pop("split_seed")
-        path = EXAMPLE if self.data_path == "example" else self.data_path
-        return load_data(path, seed=seed, **options)
+        """Find, read and check all chips and make the splits that are missing: `load_data`."""
+        path = str(unpacked_example()) if self.data_path == "example" else self.data_path
+        root, entries, layout = find_chips(path, self.group_column)
+        if entries.empty:
+            raise InputError(f"{path}: no images found. Known: {', '.join(FORMATS)}.")
+        entries = check_paths(root, entries)
+        labels, names = pick_classes(entries["label"], self.classes, self.positive_class, root)
+        entries = entries.assign(label=labels)[labels.notna()].reset_index(drop=True)
+        manifest, skipped = scan(root, entries, self.bands)
+        if len(skipped) and (self.on_unreadable == "error" or manifest.empty):
+            raise InputError(unreadable_message(root, skipped, len(entries)))
+        bands = check_pixels(manifest, self.bands)
+        manifest["target"] = manifest["label"].map(names.index)
+        shared = relations(manifest)
+        manifest = manifest.drop(columns=["look", "corners"])
+        manifest, made = make_splits(manifest, inseparable(shared.values()), self.split_seed)
+        check_classes_in_splits(manifest, names, root)
+        if made:
+            layout += f"; {' and '.join(sorted(made))} made here with seed {self.split_seed}"
+        leaks = find_leaks(manifest, shared)
+        if leaks and self.on_leakage == "error":
+            raise InputError(f"{root}: {'; '.join(leaks)}. Keep each in one split.")
+        return ChipData(root, manifest, names, bands, skipped, layout, leaks)
+
+
+def load_data(data_path: str | Path, **parameters) -> ChipData:
+    """Find, read and check every chip under `data_path`, and make the splits that are missing.
+
+    data_path: folder with a CSV manifest, with `train_clean.csv` and the like, with split
+        folders or with class folders; a CSV manifest (img_path, label, optional split and group);
+        or the word `eurosat` (torchvision, downloaded to ./data) or `example` (embedded).
+    bands: zero-based bands to use, in order; None takes the first three (all of fewer).
+    classes: class names to keep, in the order of their targets; None keeps all, sorted by name,
+        or by value where all are numbers.
+    positive_class: the class with target 1; more than two classes become it against `rest`.
+    group_column: manifest column naming what must stay in one split (a scene, a block).
+    split_seed: of the splits that are made.
+    on_unreadable: "error", or "skip" to list unreadable files in `skipped` and go on.
+    on_leakage: "warn" (in `leaks`), or "error", when given splits share images, groups or ground.
+
+    Missing splits are made from train: a fifth of it each, stratified, seeded; whole groups,
+    copies (byte-identical or re-encoded) and chips whose ground overlaps (GeoTIFFs) stay together.
+    Pixels without data are filled as `read_chip` says.
+    Memory grows with the manifest rows only, not the pixels.
+    Raises InputError for everything that is wrong with the data or a parameter.
+    """
+    return DataConfig.checked(data_path=str(data_path), **parameters).data()

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import posixpath
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,34 +15,58 @@ from torchvision.datasets import EuroSAT
 
 from helpers import InputError
 from helpers.console import progress_bar
-from helpers.data.chips import FORMATS, check_bands, read_stored
+from helpers.data.chips import FORMATS, StoredChip, check_bands, filled, read_stored
+from helpers.data.leakage import looks, thumbnail
 from helpers.data.splits import SPLIT_NAMES, SPLITS
 
 REST = "rest"  # the merged negative class of one-vs-rest
+UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"  # line breaks, NUL, bytes that are no UTF-8
 
 
-def find_chips(data_path: str | Path, group_column: str) -> tuple[Path, pd.DataFrame, str]:
+def find_chips(data_path: str, group_column: str) -> tuple[Path, pd.DataFrame, str]:
     """Return (root, entries, name of the layout); entries: img_path, label, split, group, …"""
     root = _download_eurosat() if data_path == "eurosat" else Path(data_path)
-    if not root.exists():
+    if not os.path.exists(root):  # Path.exists raises for a name that is too long
         raise InputError(f"data_path: {root} does not exist. Give a folder or a CSV manifest.")
-    csv = root if root.is_file() else root / "manifest.csv"
-    if csv.suffix.lower() != ".csv":
-        raise InputError(f"data_path: {csv} is no CSV file. Give a folder or a CSV manifest.")
-    if csv.exists():
-        return csv.parent, _read_csv(csv, group_column), f"CSV manifest {csv.name}"
+    if not root.is_dir():
+        if root.suffix.lower() != ".csv":
+            raise InputError(f"data_path: {root} is no CSV file. Give a folder or a CSV manifest.")
+        return root.parent, _read_csv(root, group_column), f"CSV manifest {root.name}"
     per_split = {s: root / f"{s}_clean.csv" for s in SPLITS if (root / f"{s}_clean.csv").exists()}
-    if per_split:
+    csv = root / "manifest.csv"
+    if not csv.exists() and per_split:
         tables = [_read_csv(csv, group_column).assign(split=s) for s, csv in per_split.items()]
         return root, pd.concat(tables, ignore_index=True), "one CSV per split"
+    if not csv.exists():
+        csv = _only_manifest(root)
+    if csv:
+        return root, _read_csv(csv, group_column), f"CSV manifest {csv.name}"
     if group_column != "group":
         raise InputError(f"group_column: folders have no column '{group_column}'. Use a manifest.")
     entries = _read_folders(root)
     return root, entries, "split folders" if entries["split"].any() else "class folders"
 
 
+def _only_manifest(root: Path) -> Path | None:
+    """The CSV file in a folder whose header names img_path and label, if there is one."""
+    found = []
+    for csv in sorted(root.glob("*.csv")):
+        if csv.is_file():
+            with open(csv, encoding="utf-8-sig", errors="replace") as file:
+                columns = {column.strip('" \n') for column in file.readline(10_000).split(",")}
+            found += [csv] if {"img_path", "label"} <= columns else []
+    if len(found) > 1:
+        raise InputError(
+            f"{root}: {' and '.join(csv.name for csv in found)} could each be the manifest. "
+            "Call one manifest.csv, or give its path as data_path."
+        )
+    return found[0] if found else None
+
+
 def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
     """Read a manifest; every row has a label and a known (or no) split, further columns stay."""
+    if not csv.is_file():  # a pipe would be waited for
+        raise InputError(f"{csv}: is not a file. Replace or remove it.")
     text = dict.fromkeys(("img_path", "label", "split", group_column), str)
     try:  # keep_default_na: a class may well be called "None" or "NA"
         entries = pd.read_csv(csv, dtype=text, keep_default_na=False, skipinitialspace=True)
@@ -107,7 +132,13 @@ def _read_folders(root: Path) -> pd.DataFrame:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            f"{error.filename}: cannot be listed ({error.strerror}). Make the folder readable, "
+            "or move it away."
+        ) from error
+
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if Path(folder, name).is_symlink():
@@ -134,17 +165,26 @@ def _download_eurosat() -> Path:
 
 def check_paths(root: Path, entries: pd.DataFrame) -> pd.DataFrame:
     """Normalise img_path; refuse paths that leave the root and rows that name a file twice."""
-    real_root = root.resolve()
-
-    def leaves(path: str) -> bool:
-        return posixpath.isabs(path) or not (root / path).resolve().is_relative_to(real_root)
-
-    outside = entries["img_path"].map(leaves)
-    remedy = "Use paths relative to the data folder, and put the images inside it."
-    _refuse_rows(root, entries, outside, "leaves the data folder", remedy)
+    for column in ("img_path", "label"):
+        odd = entries[column].str.contains(UNPRINTABLE)
+        shown = entries.assign(img_path=entries["img_path"].map(ascii))
+        _refuse_rows(root, shown, odd, f"{column} holds an unprintable character", "Rename it.")
     entries = entries.assign(img_path=entries["img_path"].map(posixpath.normpath))
     repeated = entries["img_path"].duplicated()
     _refuse_rows(root, entries, repeated, "is listed twice", "Keep one row a chip.")
+    # Only what is a link can lead elsewhere; each folder is resolved once for all its files.
+    real_root = os.path.realpath(root)
+    paths = [os.path.join(root, path) for path in entries["img_path"]]
+    folders = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, paths))}
+
+    def leaves(path: str) -> bool:
+        is_link = os.path.islink(path)
+        real = os.path.realpath(path) if is_link else folders[os.path.dirname(path)]
+        return os.path.commonpath([real, real_root]) != real_root
+
+    outside = pd.Series(map(leaves, paths), index=entries.index, dtype=bool)
+    remedy = "Use paths relative to the data folder, and put the images inside it."
+    _refuse_rows(root, entries, outside, "leaves the data folder", remedy)
     return entries
 
 
@@ -153,7 +193,9 @@ def pick_classes(
 ) -> tuple[pd.Series, tuple[str, ...]]:
     """Return (final labels, class names by target); rows of other classes get no label (NaN)."""
     present = sorted(labels.unique())
-    names = [str(name) for name in (present if classes is None else classes)]
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in present):
+        present.sort(key=float)
+    names = list(present if classes is None else classes)
     absent = [name for name in names if name not in present]
     if absent:
         raise InputError(f"classes: {absent[0]} is not in {root}; it has {', '.join(present)}.")
@@ -164,49 +206,75 @@ def pick_classes(
         )
     labels = labels.where(labels.isin(names))
     if positive_class is not None:
-        others = [name for name in names if name != str(positive_class)]
+        others = [name for name in names if name != positive_class]
         if len(others) == len(names):
             raise InputError(f"positive_class: {positive_class} is not one of {', '.join(names)}.")
         negative = others[0] if len(others) == 1 else REST
+        if negative == positive_class:
+            raise InputError(
+                f"positive_class: '{REST}' is what the other classes are merged into. "
+                "Rename the class, or give two `classes`."
+            )
         labels = labels.replace(dict.fromkeys(others, negative))
-        names = [negative, str(positive_class)]
+        names = [negative, positive_class]
     return labels, tuple(names)
 
 
-def check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise InputError, listing the choices, if value is not one of them."""
-    if value not in choices:
-        raise InputError(f"{name}: '{value}' is unknown. Use {' or '.join(choices)}.")
+def _facts(stored: StoredChip, bands: Sequence[int] | None) -> dict:
+    """What a manifest and the search for leaks need of one chip."""
+    n_bands, height, width = stored.values.shape
+    used = default_bands(n_bands) if bands is None else bands
+    used = [band for band in used if band in range(n_bands)] or [0]  # `check_pixels` refuses others
+    missing, ground = stored.missing, stored.transform
+    valid = stored.values if missing is None else stored.values[~missing]
+    facts = {
+        "n_bands": n_bands,
+        "height": height,
+        "width": width,
+        "dtype": str(stored.values.dtype),
+        "thumbnail": thumbnail(filled(stored, used)),
+        "min": valid.min().item(),
+        "max": valid.max().item(),
+        "nodata": 0.0 if missing is None else missing[used].mean(),
+        "sha256": hashlib.sha256(stored.data).hexdigest(),
+        "resolution": np.nan,
+        "crs": "",
+        "corners": None,
+    }
+    if ground is None:
+        return facts
+    corners = [ground @ corner for corner in ((0, 0), (width, 0), (width, height), (0, height))]
+    resolution = abs(ground.determinant) ** 0.5
+    return facts | {"resolution": resolution, "crs": stored.crs, "corners": sum(corners, ())}
 
 
-def scan(root: Path, entries: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read every file once, in threads (the decoders release the GIL); keep the facts only."""
+def scan(
+    root: Path, entries: pd.DataFrame, bands: Sequence[int] | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read every file once, in threads (the decoders release the GIL); keep the facts only.
+
+    Returns the manifest, with `look` and `corners` for `leakage.relations`, and what was skipped.
+    """
 
     def inspect(img_path: str) -> dict:
         try:
-            chip, data = read_stored(root / img_path)
+            return _facts(read_stored(root / img_path), bands)
         except InputError as error:
             return {"img_path": img_path, "reason": str(error)}
-        return {
-            **dict(zip(("n_bands", "height", "width"), chip.shape, strict=True)),
-            "dtype": str(chip.dtype),
-            "min": chip.min().item(),
-            "max": chip.max().item(),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
 
-    paths, found = entries["img_path"].tolist(), []
+    paths, found, skipped = entries["img_path"].tolist(), [], []
     bar = progress_bar(total=len(paths), desc="reading chips", unit="chip")
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 1024):  # in portions, so that the queue stays short
+            read = []
             for facts in pool.map(inspect, paths[start : start + 1024]):
-                found.append(facts)
+                (skipped if "reason" in facts else read).append(facts)
                 bar.update()
-    readable = np.array(["sha256" in facts for facts in found])
-    manifest = entries[readable].reset_index(drop=True)
-    manifest = manifest.assign(**pd.DataFrame([facts for facts in found if "sha256" in facts]))
-    skipped = [facts for facts in found if "reason" in facts]
-    return manifest, pd.DataFrame(skipped, columns=["img_path", "reason"])
+            for facts, look in zip(read, looks([f.pop("thumbnail") for f in read]), strict=True):
+                found.append(facts | {"look": look})
+    unread = pd.DataFrame(skipped, columns=["img_path", "reason"])
+    manifest = entries[~entries["img_path"].isin(unread["img_path"])].reset_index(drop=True)
+    return manifest.assign(**pd.DataFrame(found)), unread
 
 
 def unreadable_message(root: Path, skipped: pd.DataFrame, total: int) -> str:
@@ -232,11 +300,16 @@ def check_pixels(manifest: pd.DataFrame, bands: Sequence[int] | None) -> tuple[i
             raise InputError(f"chips have different {what}: {shown}. Convert them to one kind.")
     n_bands = int(manifest["n_bands"].iloc[0])
     if bands is None:
-        return tuple(range(min(3, n_bands)))
+        return default_bands(n_bands)
     if not len(bands):
         raise InputError("bands: the list is empty. Name at least one band, or leave it out.")
     check_bands(bands, n_bands)
-    return tuple(int(band) for band in bands)
+    return tuple(bands)
+
+
+def default_bands(n_bands: int) -> tuple[int, ...]:
+    """The bands in use where none are named: the first three, or all of fewer."""
+    return tuple(range(min(3, n_bands)))
 
 
 def check_classes_in_splits(manifest: pd.DataFrame, classes: tuple[str, ...], root: Path) -> None:

@@ -19,22 +19,32 @@ def data_report(data: ChipData) -> str:
     copies = manifest["sha256"].duplicated(keep=False).sum()
     two_labels = (manifest.groupby("sha256")["label"].nunique() > 1).sum()
     groups = manifest.loc[manifest["group"] != "", "group"].nunique()
+    oblong = (manifest["width"] != manifest["height"]).sum()
+    gaps = (manifest["nodata"] > 0).sum()
+    scales = manifest[manifest["crs"] != ""].groupby("crs")["resolution"].agg(["min", "max"])
+    ground = [f"{low:.4g} to {high:.4g} ({crs})" for crs, low, high in scales.itertuples()]
     facts = {
         "data": f"{data.root.resolve().name} ({data.layout})",
         "classes": ", ".join(data.classes)
         + (f" (positive: {data.classes[1]})" if len(data.classes) == 2 else ""),
         "size (px)": shown + (f" and {len(sizes) - 5} more sizes" if len(sizes) > 5 else ""),
+        "not square": f"{oblong} chips, squashed to a square" if oblong else "",
         "bands": f"{manifest['n_bands'].iloc[0]} in a file, in use: {bands}",
         "data type": types,
         "values": f"{manifest['min'].min():g} to {manifest['max'].max():g}",
+        "nodata": f"{gaps} chips, {manifest['nodata'].mean():.2%} of all values; each is filled "
+        "with the mean of its chip and band"
+        if gaps
+        else "",
+        "resolution": "; ".join(ground) and f"{'; '.join(ground)}, ground units a pixel",
         "unreadable": f"{len(data.skipped)} skipped" if len(data.skipped) else "none",
         "identical": f"{copies} images have a byte-identical twin, {two_labels} under two labels",
         "groups": groups or "none given",
         "leakage": "WARNING: " + "; ".join(data.leaks)
         if data.leaks
-        else "no image and no group in two splits",
+        else "none: no image, copy, group or ground in two splits",
     }
-    lines = [f"{name:<12}{value}" for name, value in facts.items()]
+    lines = [f"{name:<12}{value}" for name, value in facts.items() if value]
     lines += [f"  {row.img_path}: {row.reason}" for row in data.skipped.head(10).itertuples()]
     if len(data.skipped) > 10:
         lines.append(f"  and {len(data.skipped) - 10} more")

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import io
-import sys
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from example import build_example
+from helpers import InputError
+from helpers.data import example
+
 EXAMPLE = Path(__file__).parents[2] / "example"
-sys.path.insert(0, str(EXAMPLE))
-import build_example  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +25,17 @@ def rows():
 
 
 def test_chips_are_those_of_the_manifest(rows):
-    total = 0
+    with zipfile.ZipFile(EXAMPLE / "chips.zip") as archive:
+        chips = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
     for row in rows:
-        data = (EXAMPLE / row["img_path"]).read_bytes()
-        total += len(data)
+        data = chips[row["img_path"]]
         assert hashlib.sha256(data).hexdigest() == row["sha256"], row["img_path"]
         image = Image.open(io.BytesIO(data))
         assert image.size == (98, 98) and image.mode == "RGB"
         assert Path(row["img_path"]).parent.name == row["label"]
-    assert total <= 6_000_000
-    on_disk = {p.relative_to(EXAMPLE).as_posix() for p in EXAMPLE.glob("chips/*/*")}
-    assert on_disk == {row["img_path"] for row in rows}
+    assert (EXAMPLE / "chips.zip").stat().st_size <= 6_000_000
+    assert list(chips) == [row["img_path"] for row in rows]
     assert len({row["sha256"] for row in rows}) == len(rows)
 
 
@@ -130,10 +132,43 @@ def test_building_twice_gives_the_same_bytes(tiny_wheel, tmp_path):
         (tmp_path / name).mkdir()
         rows = build_example.build(tiny_wheel, tmp_path / name)
         built.append(files(tmp_path / name))
-    assert len(rows) == 4 * 8 and len(built[0]) == len(rows) + 2
+    assert len(rows) == 4 * 8 and len(built[0]) == 3
     assert built[0] == built[1]
     build_example.build(tiny_wheel, tmp_path / "a")  # over an earlier build
     assert files(tmp_path / "a") == built[0]
+
+
+@pytest.fixture
+def packed(tiny_wheel, tmp_path, monkeypatch):
+    """A small example in place of the real one, not unpacked yet; the folder of the cache."""
+    (tmp_path / "example").mkdir()
+    build_example.build(tiny_wheel, tmp_path / "example")
+    monkeypatch.setattr(example, "PACKED", tmp_path / "example")
+    monkeypatch.setattr(example, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_the_example_is_unpacked_once(packed):
+    folder = example.unpacked_example()
+    rows = list(csv.DictReader((folder / "manifest.csv").read_text().splitlines()))
+    for row in rows:
+        assert hashlib.sha256((folder / row["img_path"]).read_bytes()).hexdigest() == row["sha256"]
+    assert len(files(packed)) == len(rows) + 1
+    (folder / "mark").touch()
+    assert (example.unpacked_example() / "mark").exists()
+    manifest = example.PACKED / "manifest.csv"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    assert not (example.unpacked_example() / "mark").exists()  # another example, another folder
+
+
+def test_a_failed_unpacking_leaves_nothing(packed, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy", full)
+    with pytest.raises(InputError, match=r"example cannot be unpacked to .* \(No space left"):
+        example.unpacked_example()
+    assert not files(packed)
 
 
 def test_a_wheel_without_the_scenes_changes_nothing(tiny_wheel, tmp_path):

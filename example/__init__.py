@@ -1,0 +1,1 @@
+"""The embedded example: its chips and backbone, and the scripts that made them."""

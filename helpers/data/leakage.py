@@ -18,7 +18,7 @@ THUMBNAIL = 32  # pixels
 HASH_SIDE = 16  # lowest frequencies in each direction: 256 bits
 
 # Bits of 256 in which the hashes of copies may differ. Measured on all 60.3 million pairs of chips
-# inside four data sets (Hurricane Harvey 10,574 chips, RSSCN7 2,800, Iowa wind turbines 963, EuroSAT
+# inside four data sets (Hurricane Harvey 10,574 chips, RSSCN7 2,800, Iowa turbines 963, EuroSAT
 # RGB 253): 10 pairs are that near, all of one place within 1.1 m, so no false alarm (nor up to 28
 # bits: 27 pairs, all of one place); by the rule of three under 5 in 100 million pairs. Of copies
 # saved again as JPEG of quality 90 it finds 1.00, 1.00, 1.00 and 0.87 (of quality 50: 1.00, 0.98,

@@ -26,7 +26,7 @@ UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"  # line breaks, NUL, bytes that ar
 def find_chips(data_path: str, group_column: str) -> tuple[Path, pd.DataFrame, str]:
     """Return (root, entries, name of the layout); entries: img_path, label, split, group, …"""
     root = _download_eurosat() if data_path == "eurosat" else Path(data_path)
-    if not os.path.exists(root):  # Path.exists raises for a name that is too long
+    if not root.exists():
         raise InputError(f"data_path: {root} does not exist. Give a folder or a CSV manifest.")
     if not root.is_dir():
         if root.suffix.lower() != ".csv":

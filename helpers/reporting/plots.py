@@ -3,12 +3,15 @@
 Each function returns a matplotlib figure; `save` writes it and the table behind it.
 """
 
+import io
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import PIL.Image
 import seaborn as sns
+from IPython.display import Image
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -39,20 +42,26 @@ def use_style() -> None:
         "figure.dpi": 100,
         "savefig.dpi": "figure",
         "axes.titlesize": "medium",
+        "text.parse_math": False,  # a class may be called $x$
     }
 
 
-def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) -> Figure:
-    """Write a figure as PNG and, beside it, the table it was drawn from as CSV."""
+def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) -> Image:
+    """Write a figure as PNG and, beside it, the table it was drawn from as CSV.
+
+    Returns:
+        The file for a notebook to show: 256 colours, a third of the size of a full-colour figure.
+    """
     path = Path(path)
-    with written_whole(path) as part:
-        # Without the Software entry the same figure is the same file everywhere.
-        figure.savefig(part, bbox_inches="tight", metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, bbox_inches="tight")
+    with written_whole(path) as part, PIL.Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(part, optimize=True)
     if table is not None:
         with written_whole(path.with_suffix(".csv")) as part:
             table.to_csv(part, index=False, float_format="%.6g")
     plt.close(figure)
-    return figure
+    return Image(filename=str(path))
 
 
 def as_rgb(chip: np.ndarray) -> np.ndarray:
@@ -173,21 +182,24 @@ def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Fig
         title: names backbone, weights and data.
         largest: so many groups are shown.
     """
-    colours = method_colours(list(table.method.unique()))
-    spread = dict(zip(colours, np.linspace(0.4, -0.4, len(colours) + 2)[1:-1], strict=True))
+    styles = method_styles(list(table.method.unique()))
+    spread = dict(zip(styles, np.linspace(0.4, -0.4, len(styles) + 2)[1:-1], strict=True))
     sizes = table.groupby("group", sort=False).chips.first().head(largest)[::-1]
     figure, axis = plt.subplots(
-        figsize=(PAGE * 0.75, 1.0 + (0.13 + 0.09 * len(colours)) * len(sizes))
+        figsize=(PAGE * 0.75, 1.0 + (0.13 + 0.09 * len(styles)) * len(sizes))
     )
-    for method, own in table.groupby("method", sort=False):
-        overall = np.average(own.accuracy, weights=own.chips)
-        rows = own.set_index("group").loc[sizes.index]
+    for method, groups in table.groupby("method", sort=False):
+        overall = np.average(groups.accuracy, weights=groups.chips)
+        rows = groups.set_index("group").loc[sizes.index]
         bars = np.abs(rows[["low", "high"]].to_numpy().T - rows.accuracy.to_numpy())
+        style = styles[method] | {"linestyle": ""}
         axis.errorbar(
-            rows.accuracy, np.arange(len(rows)) + spread[method], xerr=bars, fmt="o", markersize=4,
-            color=colours[method], capsize=2, label=f"{method}, all groups: {overall:.3f}",
+            rows.accuracy, np.arange(len(rows)) + spread[method], xerr=bars, markersize=4,
+            capsize=2, label=f"{method}, all groups: {overall:.3f}", **style,
         )  # fmt: skip
-        axis.axvline(overall, color=colours[method], linestyle="--", linewidth=1)
+        axis.axvline(
+            overall, color=style["color"], linestyle=styles[method]["linestyle"], linewidth=1
+        )
     names = [f"{group} ({chips} chips)" for group, chips in sizes.items()]
     axis.set(
         yticks=np.arange(len(sizes)), yticklabels=names, xlabel="test accuracy, exact 95 % interval"
@@ -234,38 +246,48 @@ def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure
     return figure
 
 
-def method_colours(methods: list[str]) -> dict[str, tuple]:
-    """The same colour for a method in every figure; other names in the palette's order."""
+def method_styles(methods: list[str]) -> dict[str, dict]:
+    """The same colour, marker and line for a method in every figure, so that grey prints work.
+
+    Other names take what is left, in order.
+    """
     order = ("head_only", "lora", "dora", "full")
-    return {
-        method: PALETTE[order.index(method) if method in order else number]
-        for number, method in enumerate(methods)
-    }
+    styles = {}
+    for place, method in enumerate(methods):
+        number = order.index(method) if method in order else place
+        styles[method] = {
+            "color": PALETTE[number % len(PALETTE)],
+            "marker": "osDv^P"[number % 6],
+            "linestyle": ("-", "--", "-.", ":")[number % 4],
+        }
+    return styles
 
 
 def method_curves(histories: pd.DataFrame, title: str) -> Figure:
-    """Loss and AUROC by epoch per method: train dashed, valid solid; one thin line a seed.
+    """Training loss, validation loss and validation AUROC by epoch; one line a method and seed.
 
     Args:
         histories: `method`, `seed` and the columns of a history.
         title: names backbone, weights and data.
     """
-    colours = method_colours(list(histories.method.unique()))
-    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.4))
-    for (method, _), own in histories.groupby(["method", "seed"], sort=False):
-        line = {"color": colours[method], "linewidth": 1.3}
-        axes[0].plot(own.epoch, own.train_loss, linestyle="--", **line)
-        axes[0].plot(own.epoch, own.valid_loss, **line)
-        axes[1].plot(own.epoch, own.valid_auroc, **line)
-    for method, colour in colours.items():
-        axes[1].plot([], [], color=colour, label=method)
-    axes[0].plot([], [], "k--", label="train")
-    axes[0].plot([], [], "k-", label="valid")
-    axes[0].set(xlabel="epoch", ylabel="loss (mean cross entropy per image)", xscale="log")
-    axes[1].set(xlabel="epoch", ylabel="validation AUROC", xscale="log")
-    for axis in axes:
+    styles = method_styles(list(histories.method.unique()))
+    panels = {
+        "train_loss": "training loss (cross entropy)",
+        "valid_loss": "validation loss (cross entropy)",
+        "valid_auroc": "validation AUROC",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(PAGE, 3.2))
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        for (method, seed), history in histories.groupby(["method", "seed"], sort=False):
+            first = seed == histories.seed.iloc[0]
+            axis.plot(
+                history.epoch, history[column], markersize=4, linewidth=1.2,
+                label=method if first else None, markevery=max(1, len(history) // 8),
+                **styles[method],
+            )  # fmt: skip
+        axis.set(xlabel="epoch", ylabel=label, xscale="log")
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
@@ -289,15 +311,15 @@ def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = F
 
 
 def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None:
-    colours = method_colours(list(rows.method.unique()))
-    for method, own in rows.groupby("method", sort=False):
-        own = own.sort_values(x)
+    styles = method_styles(list(rows.method.unique()))
+    for method, points in rows.groupby("method", sort=False):
+        points = points.sort_values(x)
         # Seeds of one method and place stand side by side.
-        number = own.groupby(x).cumcount() - (own.groupby(x)[x].transform("size") - 1) / 2
-        bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
+        number = points.groupby(x).cumcount() - (points.groupby(x)[x].transform("size") - 1) / 2
+        bars = np.abs(points[["low", "high"]].to_numpy().T - points.value.to_numpy())
         axis.errorbar(
-            own[x] * 1.06**number, own.value, bars, fmt="o-" if lines else "o", markersize=4,
-            color=colours[method], capsize=2, linewidth=1, label=method,
+            points[x] * 1.06**number, points.value, bars, markersize=4, capsize=2, linewidth=1,
+            label=method, **styles[method] | ({} if lines else {"linestyle": ""}),
         )  # fmt: skip
     name = f"test {METRIC_NAMES[metric]}, 95 % interval"
     axis.set(xscale="log", xlabel=x.replace("train_", "training ").replace("_", " "), ylabel=name)
@@ -305,7 +327,7 @@ def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None
         axis.set_xticks(sorted(rows[x].unique()), minor=False)
         axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def headline(table: pd.DataFrame, title: str) -> Figure:
@@ -318,15 +340,15 @@ def headline(table: pd.DataFrame, title: str) -> Figure:
     tests, by_size = (table[table.panel == panel] for panel in ("methods", "training chips"))
     figure, axes = plt.subplots(1, 3, figsize=(PAGE * 1.15, 3.3), width_ratios=(1, 1, 1.25))
     methods = list(tests.method.unique())
-    colours = method_colours(methods)
+    styles = method_styles(methods)
     for axis, metric in zip(axes, ("accuracy", "auroc"), strict=False):
         for place, method in enumerate(methods):
-            own = tests[(tests.method == method) & (tests.metric == metric)]
-            offsets = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0]
-            bars = np.abs(own[["low", "high"]].to_numpy().T - own.value.to_numpy())
+            seeds = tests[(tests.method == method) & (tests.metric == metric)]
+            offsets = np.linspace(-0.25, 0.25, len(seeds)) if len(seeds) > 1 else [0]
+            bars = np.abs(seeds[["low", "high"]].to_numpy().T - seeds.value.to_numpy())
             axis.errorbar(
-                place + np.asarray(offsets), own.value, bars, fmt="o", markersize=4,
-                color=colours[method], capsize=2, linewidth=1,
+                place + np.asarray(offsets), seeds.value, bars, markersize=4, capsize=2,
+                linewidth=1, **styles[method] | {"linestyle": ""},
             )  # fmt: skip
         axis.set_xticks(range(len(methods)), [m.replace("_", "\n") for m in methods])
         axis.set(
@@ -341,9 +363,10 @@ def headline(table: pd.DataFrame, title: str) -> Figure:
 def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
     """ROC and precision-recall curves: `method`, `curve` (roc or pr), `x`, `y`."""
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.8))
-    colours = method_colours(list(curves.method.unique()))
-    for (method, curve), own in curves.groupby(["method", "curve"], sort=False):
-        axes[int(curve == "pr")].plot(own.x, own.y, color=colours[method], label=method)
+    styles = method_styles(list(curves.method.unique()))
+    for (method, curve), points in curves.groupby(["method", "curve"], sort=False):
+        line = styles[method] | {"marker": ""}
+        axes[int(curve == "pr")].plot(points.x, points.y, label=method, **line)
     axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":", label="chance")
     axes[0].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall")
@@ -365,11 +388,13 @@ def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(PAGE * 0.5, 3.8))
     low = min(0.45, table.confidence.min() - 0.05)
     axis.plot([low, 1], [low, 1], color="0.6", linestyle=":", label="perfectly calibrated")
-    for method, own in table.groupby("method", sort=False):
-        colour = method_colours([method])[method]
-        axis.plot(own.confidence, own.accuracy, color=colour, alpha=0.5)
-        size = 250 * own.images / own.images.sum()
-        axis.scatter(own.confidence, own.accuracy, s=size + 8, color=colour, label=method)
+    styles = method_styles(list(table.method.unique()))
+    for method, bins in table.groupby("method", sort=False):
+        size = 250 * bins.images / bins.images.sum()
+        axis.scatter(
+            bins.confidence, bins.accuracy, s=size + 8, color=styles[method]["color"],
+            marker=styles[method]["marker"], alpha=0.7, label=method,
+        )  # fmt: skip
     axis.set(xlabel="mean confidence of the bin", ylabel="accuracy in the bin", title=title)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -391,16 +416,4 @@ def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
         axis.label_outer()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    return figure
-
-
-def shares(table: pd.DataFrame, title: str) -> Figure:
-    """One bar split into the shares of its parts: `seconds` and `share`, parts as index."""
-    figure, axis = plt.subplots(figsize=(PAGE, 1.3))
-    left = 0.0
-    for (part, row), colour in zip(table.iterrows(), PALETTE, strict=False):
-        axis.barh(0, row.share, left=left, color=colour, label=f"{part} {row.share:.0%}")
-        left += row.share
-    axis.set(xlim=(0, 1), yticks=[], xlabel="share of a training step", title=title)
-    axis.legend(ncols=len(table), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.55))
     return figure

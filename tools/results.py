@@ -121,25 +121,15 @@ def rebuild(own: Published) -> None:
     figures = ROOT / own.folder / "figures"
     rows = comparison.test_rows(own.runs, METRICS)
     costs = comparison.cost_table(own.runs)
-    points = comparison.accuracy_against_cost(rows, costs)
     histories = comparison.histories(own.runs)
     curves, reliability = (
         comparison.operating_points(own.runs),
         comparison.reliability_rows(own.runs),
     )
-    by_size = comparison.by_training_chips(own.all_runs, own.config, "accuracy")
     drawn = {
         "lora_curves": (plots.method_curves(histories, own.config.title), histories),
         "lora_roc_pr": (plots.operating_curves(curves, f"Test split, {own.config.title}"), curves),
         "lora_reliability": (plots.reliability_diagram(reliability, own.config.title), reliability),
-        "lora_accuracy_parameters": (
-            plots.against(points, "trainable_parameters", "accuracy", own.config.title),
-            points,
-        ),
-        "lora_training_chips": (
-            plots.against(by_size, "train_chips", "accuracy", own.config.title, lines=True),
-            by_size,
-        ),
     }
     if own.config.ranks or own.config.target_sets:
         shapes = comparison.by_shape(own.all_runs, own.config, "accuracy")

@@ -6,7 +6,7 @@ hold each metric against scikit-learn.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -249,6 +249,49 @@ def paired_difference(
     low, high = np.nanpercentile(differences, [2.5, 97.5])
     undefined = int(np.isnan(differences).sum())
     return {"value": values[1] - values[0], "low": low, "high": high, "undefined": undefined}
+
+
+def metric_over_seeds(
+    targets: np.ndarray,
+    tables: Sequence[np.ndarray],
+    metric: str,
+    minus: Sequence[np.ndarray] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Mean of a metric over runs that differ in their seed, with one interval for that mean.
+
+    A resample draws images (or whole groups, the same for all runs) and runs, both with
+    replacement: the interval holds for other places and for other seeds. Few runs make it narrow
+    on their side, and a single run has none of the spread of seeds in it.
+
+    Args:
+        targets: (N,) class indices.
+        tables: one (N, classes) of probabilities per seed.
+        metric: a name in METRICS.
+        minus: the same of another method; the metric is then the difference, paired by seed.
+        resamples: number of bootstrap draws.
+        seed: of the draws.
+        groups: as in `bootstrap_metrics`.
+
+    Returns:
+        `value`, and `low` and `high` of the 95 % percentile interval.
+    """
+    ones = np.ones((1, len(targets)))
+
+    def values_and_draws(probabilities) -> np.ndarray:
+        value = weighted_metrics(targets, probabilities, ones)[metric]
+        draws = bootstrap_metrics(targets, probabilities, resamples, seed, groups)[metric]
+        return np.concatenate([value, draws])
+
+    runs = np.stack([values_and_draws(table) for table in tables])
+    if minus is not None:
+        runs = runs - np.stack([values_and_draws(table) for table in minus])
+    drawn = np.random.default_rng(seed).integers(len(runs), size=(len(runs), resamples))
+    means = np.take_along_axis(runs[:, 1:], drawn, axis=0).mean(axis=0)
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return {"value": float(runs[:, 0].mean()), "low": float(low), "high": float(high)}
 
 
 def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:

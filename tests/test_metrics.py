@@ -7,6 +7,7 @@ from helpers.metrics import (
     bootstrap_metrics,
     evaluate,
     mcnemar,
+    metric_over_seeds,
     paired_difference,
     reliability,
     weighted_metrics,
@@ -131,3 +132,28 @@ def test_reliability_bins_hold_every_image_once_and_give_the_calibration_error()
     gaps = (table.accuracy - table.confidence).abs() * table.images / 500
     error = weighted_metrics(targets, probabilities, np.ones((1, 500)))["calibration_error"][0]
     assert gaps.sum() == pytest.approx(error)
+
+
+def test_a_mean_over_seeds_has_one_interval_for_places_and_seeds():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, 120)
+    groups = np.repeat(np.arange(12), 10).astype(str)
+
+    def table(skill):
+        score = 1 / (1 + np.exp(-(skill * (targets - 0.5) + rng.normal(size=120))))
+        return np.stack([1 - score, score], axis=1)
+
+    worse, better = ([table(skill) for _ in range(3)] for skill in (1.0, 3.0))
+    one = metric_over_seeds(targets, better[:1], "auroc")
+    assert one == pytest.approx(
+        evaluate(targets, better[0]).loc["auroc", ["value", "low", "high"]].to_dict()
+    )
+    gain = metric_over_seeds(targets, better, "auroc", minus=worse, groups=groups)
+    assert gain["low"] > 0
+    means = [metric_over_seeds(targets, runs, "auroc")["value"] for runs in (worse, better)]
+    assert gain["value"] == pytest.approx(means[1] - means[0])
+    nothing = metric_over_seeds(targets, better, "auroc", minus=better)
+    assert nothing == {"value": 0, "low": 0, "high": 0}
+    mixed = metric_over_seeds(targets, [worse[0], better[0]], "auroc")
+    single = metric_over_seeds(targets, better[:1], "auroc")
+    assert mixed["high"] - mixed["low"] > single["high"] - single["low"]

@@ -21,8 +21,11 @@ def make_chip(seed=0, *, target=0, size=28, bands=3, dtype="uint8"):
     return noise.clip(0, 255).astype(dtype)
 
 
-def write_chip(path, chip):
-    """Write (bands, height, width) in the format that the suffix names; return the path."""
+def write_chip(path, chip, **profile):
+    """Write (bands, height, width) in the format that the suffix names; return the path.
+
+    `profile` goes to GDAL: crs and transform, nodata, compress.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix.lower()
@@ -31,7 +34,7 @@ def write_chip(path, chip):
     elif suffix in (".tif", ".tiff") or chip.dtype == np.uint16:
         driver = "PNG" if suffix == ".png" else "GTiff"
         count, height, width = chip.shape
-        profile = {"count": count, "height": height, "width": width, "dtype": chip.dtype.name}
+        profile |= {"count": count, "height": height, "width": width, "dtype": chip.dtype.name}
         with rasterio.MemoryFile() as memory:
             with memory.open(driver=driver, **profile) as raster:
                 raster.write(chip)

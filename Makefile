@@ -42,7 +42,7 @@ lint: $(STAMP) ## ruff on code and notebooks
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-notebooks: $(STAMP) ## execute the committed notebooks in place, with their defaults
+notebooks: $(STAMP) ## renew the committed notebooks and results, with the notebooks' defaults
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports --in_place
 
 results: $(STAMP) ## rebuild tables, figures and README from the committed records, without training

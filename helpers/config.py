@@ -86,7 +86,7 @@ class Config(BaseModel):
 
 
 # Where results go below `output_path` unless a parameter says otherwise.
-_FOLDERS = {
+FOLDERS = {
     "history_path": "training_history",
     "figures_path": "figures",
     "results_path": "benchmark_results",
@@ -105,13 +105,13 @@ class Places(Config):
         """Put every folder that is not given below `output_path`."""
         output = values.get("output_path", cls.model_fields["output_path"].default)
         given = {name: value for name, value in values.items() if value is not None}
-        missing = [name for name in _FOLDERS if name in cls.model_fields and name not in given]
-        return values | {name: str(Path(str(output), _FOLDERS[name])) for name in missing}
+        missing = [name for name in FOLDERS if name in cls.model_fields and name not in given]
+        return values | {name: str(Path(str(output), FOLDERS[name])) for name in missing}
 
 
 def folder_field(name: str, content: str) -> Any:
     """A field of `Places` for one of its folders, None by default."""
-    return Field(None, description=f"folder for {content}; {_FOLDERS[name]} below output_path")
+    return Field(None, description=f"folder for {content}; {FOLDERS[name]} below output_path")
 
 
 class _Parser(argparse.ArgumentParser):

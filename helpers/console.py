@@ -63,17 +63,28 @@ def _is_drawn() -> bool:
 class _Lines:
     """A line every few seconds of what is being done: where and since when, and every open bar."""
 
-    def start(self, *_) -> None:
+    def start(self) -> None:
         """Begin; what is said goes past a notebook's outputs to the terminal of its kernel."""
-        self.began, self.done = time.monotonic(), threading.Event()
+        self.done = threading.Event()
+        self.begin()
         threading.Thread(target=self._run, args=(self.done,), daemon=True).start()
 
-    def stop(self, *_) -> None:
-        """End."""
+    def stop(self) -> None:
+        """Say no more."""
         self.done.set()
+
+    def begin(self, *_) -> None:
+        """Count the seconds from now on: a cell begins."""
+        self.began, self.idle = time.monotonic(), False
+
+    def end(self, *_) -> None:
+        """Be quiet until the next cell begins."""
+        self.idle = True
 
     def _run(self, done: threading.Event) -> None:
         while not done.wait(EVERY):
+            if self.idle:
+                continue
             with tqdm.get_lock():
                 bars = sorted(_bars, key=lambda bar: bar.start_t)
             bars = [bar for bar in bars if not bar.disable]  # a closed bar is disabled
@@ -113,20 +124,21 @@ def _described(bar: text_bar) -> str:
 def report_cells() -> None:
     """In a notebook that runs in batch, say what its cells do from here on."""
     shell = _shell()
-    if shell is None or _is_drawn() or _lines.start in shell.events.callbacks["pre_run_cell"]:
+    if shell is None or _is_drawn() or _lines.begin in shell.events.callbacks["pre_run_cell"]:
         return
-    shell.events.register("pre_run_cell", _lines.start)
-    shell.events.register("post_run_cell", _lines.stop)
+    shell.events.register("pre_run_cell", _lines.begin)
+    shell.events.register("post_run_cell", _lines.end)
     _lines.start()
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line entry point and exit by one rule.
+def run_command(main: Callable[[], None], with_lines: bool = True) -> None:
+    """Run a command-line entry point, with lines of progress, and exit by one rule.
 
     0: done. 2: what was given cannot be used (`InputError`), or a file or disk refuses (`OSError`,
     `SafetensorError`), with one line on stderr that begins with `error: `. 130: Ctrl-C, one line.
     """
-    _lines.start()
+    if with_lines:
+        _lines.start()
     try:
         main()
     except KeyboardInterrupt:
@@ -137,7 +149,8 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     finally:
-        _lines.stop()
+        if with_lines:
+            _lines.stop()
 
 
 def one_line(error: Exception) -> str:

@@ -1,13 +1,15 @@
 """Run the notebooks in order through papermill and render them: what `make run` does.
 
-`--in_place` executes the committed notebooks themselves, with their default parameters;
-`--parameters` names a YAML file with the notebooks to run and what to change in each.
+`--in_place` executes the committed notebooks with their default parameters in a temporary folder,
+and renews them and the committed results when all have succeeded; `--parameters` names a YAML file
+with the notebooks to run and what to change in each.
 """
 
 import argparse
 import html
 import os
-import sys
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +20,10 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import read_yaml_file
 from traitlets.config import Config
 
-from helpers.console import NOTEBOOK
+from helpers import InputError
+from helpers.config import FOLDERS
+from helpers.console import NOTEBOOK, run_command
+from helpers.records import ROOT, written_whole
 
 # In order, with what `make run` changes in them beside the folders.
 NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}, "benchmark": {}}
@@ -30,29 +35,37 @@ PLACES = {
     "results_path": "benchmark_results",
     "model_path": "models/head_only_example_example_seed0/model_final.safetensors",
 }
-ROOT = Path(__file__).resolve().parent.parent
+# A report runs nothing and loads nothing, whatever the names in it hold: what it shows is in it.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# Lines of progress from the kernel's start on, so that the imports are in them.
+PROGRESS = "__import__('helpers.console').console.report_cells()"
 
 
-def run_notebook(name: str, output: Path, parameters: dict) -> float:
-    """Execute one notebook in the project's folder; return the seconds it took.
+def run_notebook(name: str, output: Path, parameters: dict, folder: Path = ROOT) -> float:
+    """Execute one notebook in a folder; return the seconds it took.
 
     Raises:
-        SystemExit: a cell failed; the executed notebook with the error stays for reading.
+        InputError: a cell failed; the executed notebook with the error stays for reading.
     """
     start = time.perf_counter()
+    os.environ["PYTHONPATH"] = str(ROOT)
     os.environ[NOTEBOOK] = f"{name}.ipynb"  # its kernel inherits it, and says it in its lines
     try:
         papermill.execute_notebook(
             ROOT / f"{name}.ipynb",
             output,
             parameters=parameters,
-            cwd=ROOT,
+            cwd=folder,
             kernel_name="python3",
             progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            extra_arguments=[
+                "--IPKernelApp.log_level=ERROR",
+                f"--IPKernelApp.exec_lines={PROGRESS}",
+            ],
         )
     except PapermillExecutionError as error:
-        sys.exit(f"error: {name}.ipynb failed: {error.ename}: {error.evalue} (see {output})")
+        failure = f"{error.ename}: {error.evalue}"
+        raise InputError(f"{name}.ipynb failed: {failure} (see {output})") from None
     forget_papermill(output)
     return time.perf_counter() - start
 
@@ -79,13 +92,16 @@ def render(notebook: Path, page: Path) -> None:
     config.TagRemovePreprocessor.remove_input_tags = {"remove-input"}
     exporter = HTMLExporter(config=config)
     body, _ = exporter.from_filename(str(notebook))
-    page.write_text(body)
+    policy = f'<head><meta http-equiv="Content-Security-Policy" content="{POLICY}"/>'
+    with written_whole(page) as part:
+        part.write_text(body.replace("<head>", policy, 1))
 
 
 def index_page(pages: list[Path]) -> str:
     """A page that links to the reports."""
     links = "\n".join(
-        f'<li><a href="{page.name}">{html.escape(page.stem)}</a></li>' for page in pages
+        f'<li><a href="{html.escape(page.name)}">{html.escape(page.stem)}</a></li>'
+        for page in pages
     )
     return (
         "<!doctype html><meta charset='utf-8'><title>DINOv2 for satellite imagery</title>"
@@ -93,6 +109,16 @@ def index_page(pages: list[Path]) -> str:
         f"<h1>DINOv2 for satellite imagery</h1><p>Reports of the last run, in reading order:</p>"
         f"<ol>\n{links}\n</ol>\n"
     )
+
+
+def renew(executed: list[Path], folder: Path) -> None:
+    """Put executed notebooks and the results they left in a folder into the project's own."""
+    for notebook in executed:
+        with written_whole(ROOT / notebook.name) as part:
+            shutil.copyfile(notebook, part)
+    for results in set(FOLDERS.values()) - {FOLDERS["cache_path"]}:
+        if (made := folder / "runs" / results).is_dir():
+            shutil.copytree(made, ROOT / results, dirs_exist_ok=True)
 
 
 def main() -> None:
@@ -106,21 +132,27 @@ def main() -> None:
     if arguments.parameters:
         notebooks = read_yaml_file(str(arguments.parameters))
         if unknown := set(notebooks) - set(NOTEBOOKS):
-            parser.error(f"{arguments.parameters}: no notebook {unknown.pop()}.ipynb here")
+            raise InputError(f"{arguments.parameters}: no notebook {unknown.pop()}.ipynb here")
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    pages = []
-    for number, (name, changes) in enumerate(notebooks.items(), start=1):
-        print(f"[{number}/{len(notebooks)}] {name}.ipynb ...", flush=True)
-        executed = ROOT / f"{name}.ipynb" if arguments.in_place else output / f"{name}.ipynb"
-        parameters = {} if arguments.in_place else parameters_below(name, arguments.output, changes)
-        seconds = run_notebook(name, executed, parameters)
-        pages.append(output / f"{name}.html")
-        render(executed, pages[-1])
-        print(f"      {seconds:.0f} s -> {arguments.output / pages[-1].name}", flush=True)
+    executed = [output / f"{name}.ipynb" for name in notebooks]
+    pages = [notebook.with_suffix(".html") for notebook in executed]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, changes) in enumerate(notebooks.items(), start=1):
+            print(f"[{number}/{len(notebooks)}] {name}.ipynb ...", flush=True)
+            notebook, page = executed[number - 1], pages[number - 1]
+            if arguments.in_place:
+                seconds = run_notebook(name, notebook, {}, Path(folder))
+            else:
+                parameters = parameters_below(name, arguments.output, changes)
+                seconds = run_notebook(name, notebook, parameters)
+            render(notebook, page)
+            print(f"      {seconds:.0f} s -> {arguments.output / page.name}", flush=True)
+        if arguments.in_place:
+            renew(executed, Path(folder))
     (output / "index.html").write_text(index_page(pages))
     print(f"open {arguments.output / 'index.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, with_lines=False)  # the notebooks' kernels print theirs

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
+from rasterio.crs import CRS
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
@@ -60,20 +61,14 @@ class ChipDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         """Read one chip, resized (bicubic, antialiased) where its size is another."""
         chip = torch.from_numpy(read_chip(self.paths[index], self.bands))
-        return self._resized(chip), int(self.targets[index])
-
-    def _resized(self, chip: torch.Tensor) -> torch.Tensor:
-        size = [self.image_size, self.image_size]
-        if list(chip.shape[1:]) == size:
-            return chip
-        return F.resize(chip, size, F.InterpolationMode.BICUBIC, antialias=True)
+        return resize(chip, self.image_size), int(self.targets[index])
 
     def valid_pixels(self, index: int) -> np.ndarray:
         """The pixels of a chip as it is trained on, float64 (S * S, bands); NaN for nodata."""
         chip, missing = read_chip_and_missing(self.paths[index], self.bands)
-        pixels = self._resized(torch.from_numpy(chip)).double()
+        pixels = resize(torch.from_numpy(chip), self.image_size).double()
         if missing is not None:  # of a resized pixel, at least half
-            share = self._resized(torch.from_numpy(missing.astype(np.float32)))
+            share = resize(torch.from_numpy(missing.astype(np.float32)), self.image_size)
             pixels[share >= 0.5] = torch.nan
         return pixels.flatten(1).T.numpy()
 
@@ -127,7 +122,17 @@ class ChipData:
             "chip_size": round(self.manifest[["height", "width"]].median(axis=None)),
             "chip_bands": int(self.manifest["n_bands"].iloc[0]),
             "chip_dtype": str(dtypes[0]) if len(dtypes) == 1 else None,
+            "resolution": self._metres_per_pixel(),
         }
+
+    def _metres_per_pixel(self) -> float | None:
+        """Median over the chips with coordinates in metres or feet, not in degrees."""
+        rows = self.manifest[self.manifest["crs"] != ""]
+        systems = {name: CRS.from_string(name) for name in rows["crs"].unique()}
+        units = {n: crs.linear_units_factor[1] for n, crs in systems.items() if crs.is_projected}
+        factors = rows["crs"].map(units).astype(float)  # NaN for degrees
+        metres = (rows["resolution"] * factors).median()
+        return None if np.isnan(metres) else float(metres)
 
     def dataset(self, split: str, image_size: int) -> ChipDataset:
         """Return the chips of `split`, square at `image_size` pixels, in manifest order."""

@@ -36,6 +36,7 @@ class Scene:
         height: pixels.
         width: pixels.
         bands: how many, without an alpha band.
+        alpha: whether there is one besides.
         dtype: of all bands.
         crs: its coordinate reference system.
         transform: from (column, row) to coordinates.
@@ -45,6 +46,7 @@ class Scene:
     height: int
     width: int
     bands: int
+    alpha: bool
     dtype: str
     crs: CRS
     transform: Affine
@@ -93,12 +95,13 @@ def open_scene(path: str | Path) -> Scene:
             problem = f"has bands of type {', '.join(sorted(set(raster.dtypes)))}; convert them"
         if problem:
             raise InputError(f"{path}: {problem}.")
-        bands = sum(kind != ColorInterp.alpha for kind in raster.colorinterp)
+        alpha = raster.colorinterp[-1] == ColorInterp.alpha
         return Scene(
             Path(path),
             raster.height,
             raster.width,
-            bands,
+            raster.count - alpha,
+            alpha,
             raster.dtypes[0],
             raster.crs,
             raster.transform,
@@ -171,20 +174,42 @@ class Grid:
         return min(max(1, (pixels - self.window) // self.stride + 1), most)
 
 
-def read_windows(
-    raster: rasterio.DatasetReader, grid: Grid, block: Block, bands: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read the windows of a block's cells.
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a block's cells.
 
     Args:
-        raster: open.
-        grid: of the scene.
-        block: a member of `grid.blocks`.
-        bands: zero-based, in order.
+        values: (rows, cols, bands, window, window) in the scene's dtype, a view.
+        missing: which of them have no data, bool of that shape, a view; None for none of them.
+        share: (rows, cols) float32, the share of each cell and of its window that has data: the
+            smaller of the two, counting pixels with data in every band.
+    """
 
-    Returns:
-        A read-only view (rows, cols, bands, window, window) of uint8, or of float32 for every
-        other stored type, and (rows, cols) the share of each cell and window that has data.
+    values: np.ndarray
+    missing: np.ndarray | None
+    share: np.ndarray
+
+    def chips(self, cells: np.ndarray) -> np.ndarray:
+        """Some windows as chips are read: uint8 or float32, pixels without data filled in.
+
+        They get the mean of the others of their band in this window. `cells` (n, 2) are rows and
+        columns in the block, each with a share above zero; returns (n, bands, window, window).
+        """
+        chips = self.values[cells[:, 0], cells[:, 1]]
+        if self.missing is not None:
+            gaps = self.missing[cells[:, 0], cells[:, 1]]
+            where = {"axis": (2, 3), "keepdims": True, "where": ~gaps, "dtype": np.float64}
+            means = chips.mean(**where)
+            if chips.dtype.kind != "f":
+                means = np.rint(means)
+            chips = np.where(gaps, means.astype(chips.dtype), chips)
+        return chips if chips.dtype == np.uint8 else chips.astype(np.float32)
+
+
+def read_windows(
+    raster: rasterio.DatasetReader, grid: Grid, block: Block, bands: Sequence[int]
+) -> Windows:
+    """Read the windows of a block's cells: `bands` are zero-based, in order.
 
     Raises:
         InputError: the file is damaged there.
@@ -196,28 +221,29 @@ def read_windows(
     area = Window.from_slices((top, rows.max() + 1), (left, cols.max() + 1))
     try:
         pixels = raster.read(indexes, window=area)
-        there = raster.read_masks(indexes, window=area) > 0
+        missing = raster.read_masks(indexes, window=area) == 0
     except RasterioError as error:
         raise InputError(
             f"{raster.name}: damaged or cut off in rows {top} to {rows.max()} ({error}). "
             "Replace it."
         ) from error
-    if pixels.dtype != np.uint8:
-        pixels = pixels.astype(np.float32)
-        there &= np.isfinite(pixels)
-    if not there.all():
-        pixels[~there] = 0
-    around = np.ix_(rows - top, cols - left)
-    pixels, valid = pixels[:, *around], there.any(axis=0)[around]
-    step, size = slice(None, None, grid.stride), (grid.window, grid.window)
-    windows = sliding_window_view(pixels, size, axis=(1, 2))[:, step, step]
-    if valid.all():
-        share = np.ones((block.rows, block.cols))
-    else:
-        cell = slice(grid.lead, grid.lead + grid.stride)
-        seen = sliding_window_view(valid, size)[step, step]
-        share = np.minimum(seen.mean((2, 3)), seen[..., cell, cell].mean((2, 3)))
-    return windows.transpose(1, 2, 0, 3, 4), share.astype(np.float32)
+    if pixels.dtype.kind == "f":
+        missing |= ~np.isfinite(pixels)
+    around = (slice(None), *np.ix_(rows - top, cols - left))
+    values = _cut(pixels[around], grid)
+    if not missing.any():
+        return Windows(values, None, np.ones((block.rows, block.cols), np.float32))
+    gaps = _cut(missing[around], grid)
+    seen = ~gaps.any(axis=2)
+    cell = slice(grid.lead, grid.lead + grid.stride)
+    share = np.minimum(seen.mean((2, 3)), seen[..., cell, cell].mean((2, 3)))
+    return Windows(values, gaps, share.astype(np.float32))
+
+
+def _cut(pixels: np.ndarray, grid: Grid) -> np.ndarray:
+    """Windows of pixels (bands, H, W), one every stride: (rows, cols, bands, window, window)."""
+    windows = sliding_window_view(pixels, (grid.window, grid.window), axis=(1, 2))
+    return windows[:, :: grid.stride, :: grid.stride].transpose(1, 2, 0, 3, 4)
 
 
 def _mirrored(first: int, count: int, grid: Grid, size: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class ClassifierConfig:
         chip_size: median side of the training chips in pixels, before they were resized.
         chip_bands: how many bands their files have.
         chip_dtype: in which type of numbers they are stored; None for several types.
-        resolution: ground units of one of their pixels, where they had coordinates.
+        resolution: metres on the ground of one of their pixels, where they had coordinates.
 
     The last four are what a new chip or scene is compared with; None where a file is older.
     """

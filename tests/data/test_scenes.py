@@ -12,6 +12,7 @@ from rio_cogeo import cog_validate
 from helpers import InputError
 from helpers.data import cells, scenes
 from helpers.data.cells import NODATA, BlockFiles, cell_boxes, write_cells, write_map
+from helpers.data.chips import read_chip
 from helpers.data.scenes import Block, Grid, open_raster, open_scene, read_windows
 from tests.fake_data import write_scene
 
@@ -69,13 +70,15 @@ def test_windows_are_those_of_the_mirrored_scene(
     mirrored = np.pad(values, around, mode="reflect")[[2, 0]]
     with open_raster(path) as raster:
         for block in grid.blocks(12):
-            windows, share = read_windows(raster, grid, block, (2, 0))
-            assert (share == 1).all() and share.dtype == np.float32
+            windows = read_windows(raster, grid, block, (2, 0))
+            assert (windows.share == 1).all()
+            chips = windows.chips(np.argwhere(windows.share > 0))
+            chips = chips.reshape(windows.values.shape)
             for i, j in np.ndindex(block.rows, block.cols):
                 top = (block.row + i) * stride - grid.lead + window
                 left = (block.col + j) * stride - grid.lead + window
                 expected = mirrored[:, top : top + window, left : left + window]
-                np.testing.assert_array_equal(windows[i, j], expected)
+                np.testing.assert_array_equal(chips[i, j], expected)
 
 
 def test_memory_of_a_block_is_bounded(monkeypatch):
@@ -89,17 +92,19 @@ def test_memory_of_a_block_is_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, nodata", [("uint8", 0), ("float32", -9999), ("float32", np.nan)])
-def test_share_of_data(tmp_path, dtype, nodata):
-    values = np.full((3, 20, 30), 7, dtype)
+def test_pixels_without_data(tmp_path, dtype, nodata):
+    values = np.random.default_rng(0).integers(1, 200, (3, 20, 30)).astype(dtype)
     values[:, :, :14] = nodata  # the first cell and four of ten columns of the second
-    values[0, 3, 25] = nodata  # one band alone is not a pixel without data
+    values[0, 3, 25:29] = nodata  # one band is enough
     path = write_scene(tmp_path / "scene.tif", values, nodata=nodata)
-    grid = Grid(20, 30, 10, 10)
     with open_raster(path) as raster:
-        windows, share = read_windows(raster, grid, Block(0, 0, 2, 3), (0, 1, 2))
-    np.testing.assert_allclose(share, [[0, 0.6, 1]] * 2)
-    assert np.isfinite(windows).all()
-    assert set(np.unique(windows)) == {0, 7}
+        windows = read_windows(raster, Grid(20, 30, 10, 10), Block(0, 0, 2, 3), (0, 1, 2))
+    np.testing.assert_allclose(windows.share, [[0, 0.6, 0.96], [0, 0.6, 1]])
+    chips = windows.chips(np.array([[1, 1], [0, 2]]))
+    for chip, (top, left) in zip(chips, [(10, 10), (0, 20)], strict=True):
+        area = values[:, top : top + 10, left : left + 10]
+        write_scene(tmp_path / "chip.tif", area, nodata=nodata)
+        np.testing.assert_array_equal(chip, read_chip(tmp_path / "chip.tif"))
 
 
 def test_a_cell_without_data_has_none_whatever_its_window_sees(tmp_path):
@@ -107,7 +112,7 @@ def test_a_cell_without_data_has_none_whatever_its_window_sees(tmp_path):
     values[:, 10:20, 10:20] = 0
     path = write_scene(tmp_path / "scene.tif", values, nodata=0)
     with open_raster(path) as raster:
-        _, share = read_windows(raster, Grid(30, 30, 30, 10), Block(0, 0, 3, 3), (0,))
+        share = read_windows(raster, Grid(30, 30, 30, 10), Block(0, 0, 3, 3), (0,)).share
     assert share[1, 1] == 0
     assert share[0, 0] > 0.5
 
@@ -116,8 +121,7 @@ def test_infinite_values_are_no_data(tmp_path):
     values = np.full((1, 4, 4), np.inf, "float32")
     path = write_scene(tmp_path / "scene.tif", values)
     with open_raster(path) as raster:
-        windows, share = read_windows(raster, Grid(4, 4, 4, 4), Block(0, 0, 1, 1), (0,))
-    assert share == 0 and (windows == 0).all()
+        assert read_windows(raster, Grid(4, 4, 4, 4), Block(0, 0, 1, 1), (0,)).share == 0
 
 
 def test_alpha_is_no_band_and_transparent_is_no_data(tmp_path):
@@ -126,8 +130,8 @@ def test_alpha_is_no_band_and_transparent_is_no_data(tmp_path):
     path = write_scene(tmp_path / "scene.tif", values, photometric="RGB", alpha="yes")
     assert open_scene(path).bands == 3
     with open_raster(path) as raster:
-        _, share = read_windows(raster, Grid(8, 8, 4, 4), Block(0, 0, 2, 2), (0, 1, 2))
-    assert share.tolist() == [[0, 1], [0, 1]]
+        windows = read_windows(raster, Grid(8, 8, 4, 4), Block(0, 0, 2, 2), (0, 1, 2))
+    assert windows.share.tolist() == [[0, 1], [0, 1]]
 
 
 def test_metres_per_pixel(tmp_path):

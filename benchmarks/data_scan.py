@@ -25,7 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MEASURE = """
 import json, resource, sys, time
 from torch.utils.data import DataLoader
-from helpers.load_data import SPLITS, load_data
+from helpers.data.dataset import load_data
+from helpers.data.splits import SPLITS
 
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB

@@ -1,6 +1,7 @@
 """Progress as bars or as lines, and how a command ends."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,3 +116,25 @@ def test_an_error_is_one_printable_line(error, line, capfd):
 def test_other_errors_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "helpers.load_data"],  # while its imports run
+        ["-c", "import helpers.console as c, pydantic; c.run_command(pydantic.wait)"],
+    ],
+)
+def test_ctrl_c_is_one_line_at_any_moment(command, tmp_path):
+    """A real process, which waits where it imports a fake library, or in its main function."""
+    waits = "import time\n\ndef wait():\n    print('here', flush=True)\n    time.sleep(60)\n\n"
+    (tmp_path / "pydantic.py").write_text(waits + ("wait()" if command[0] == "-m" else ""))
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "interrupted\n")
+    assert process.returncode == 130

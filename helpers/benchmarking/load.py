@@ -27,10 +27,10 @@ def load_curve(system: System, capacity: float, fractions: Sequence[float]) -> p
 @contextmanager
 def competing_processes(n: int) -> Iterator[None]:
     """Keep n other processes busy with computing."""
-    # They end with this process, however it ends.
+    # They end with this process, however it ends; Ctrl-C at a terminal is for this one alone.
     busy = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10_000))"
     command = [sys.executable, "-c", busy]
-    processes = [subprocess.Popen(command) for _ in range(n)]
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(n)]
     try:
         yield
     finally:

@@ -236,7 +236,10 @@ class Remote:
                    "--variant", str(variant.save()), "--threads", str(threads), "--device", device,
                    "--serve", str(other.fileno())]  # fmt: skip
         self._process = subprocess.Popen(
-            command, env=worker_environment(), pass_fds=[other.fileno()]
+            command,
+            env=worker_environment(),
+            pass_fds=[other.fileno()],
+            start_new_session=True,  # Ctrl-C at a terminal is for the caller, which ends this one
         )
         other.close()
         self._connection.recv()

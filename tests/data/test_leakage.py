@@ -122,6 +122,7 @@ def test_ground_that_two_splits_share_is_leakage(tmp_path):
     assert data.leaks == []
     assert set(data.manifest["crs"]) == {"EPSG:32615"}
     assert data.manifest["resolution"].tolist() == [1.0] * 12
+    assert data.chip_facts["resolution"] == 1.0
     assert "resolution  1 to 1 (EPSG:32615), ground units a pixel" in data_report(data)
 
     over = georeferenced(

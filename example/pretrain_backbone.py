@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from helpers.models.backbones import EXAMPLE_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, build_backbone
+from helpers.models.architectures import IMAGENET_MEAN, IMAGENET_STD
+from helpers.models.backbones import EXAMPLE_WEIGHTS, build_backbone
 from helpers.records import written_whole
 
 TEACHER_SIZE, STUDENT_SIZE, GRID = 128, 98, 7  # pixels, pixels, patches along one side

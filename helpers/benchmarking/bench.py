@@ -21,9 +21,8 @@ from helpers.data.dataset import ChipData
 from helpers.deployment.runtimes import Predict, Variant, load
 from helpers.deployment.variants.build import BUILDERS
 from helpers.deployment.variants.source import REFERENCE, Source
-from helpers.models.adapters import load_adapter, merge_adapter
 from helpers.models.classifier import Classifier
-from helpers.models.files import load_classifier
+from helpers.models.files import load_model
 from helpers.records import environment, write_json, written_whole
 from helpers.training.config import RunConfig
 
@@ -155,7 +154,12 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     check_percentiles(config.percentiles, max(config.latency_samples))
     if REFERENCE not in config.variant_names:
         raise InputError(f"variants: {REFERENCE} is the reference and must be among them")
-    classifier, provenance, adapted = _load_model(config.model_path)
+    default = BenchmarkConfig.model_fields["model_path"].default
+    if config.model_path == default and not Path(default).exists():
+        raise InputError(
+            f"model_path: no such file: {default}; run setup_finetune.ipynb first, which trains it"
+        )
+    classifier, provenance, adapted = load_model(config.model_path)
     trained = {k: v for k, v in provenance["config"].items() if k in RunConfig.model_fields}
     data = RunConfig.checked(**trained | {"data_path": config.data_path}).data()
     if data.classes != classifier.config.classes:
@@ -233,18 +237,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _load_model(model_path: str):
-    """Return classifier (LoRA merged), provenance, and the PeftModel of an adapter folder."""
-    path = Path(model_path)
-    if not path.exists():
-        hint = "run setup_finetune.ipynb first, which trains it"
-        if model_path != BenchmarkConfig.model_fields["model_path"].default:
-            hint = "pass the model_final.safetensors or the adapter folder of a run"
-        raise InputError(f"model_path: no such file or folder: {model_path}; {hint}")
-    if path.is_dir():
-        classifier = merge_adapter(load_adapter(path))
-        provenance = load_classifier(path.parent / "model_final.safetensors")[1]
-        return classifier, provenance, load_adapter(path)
-    return *load_classifier(path), None

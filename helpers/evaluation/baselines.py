@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from helpers.data.dataset import ChipData, ChipDataset, DataConfig
 from helpers.metrics import metric_columns
+from helpers.models.architectures import BACKBONE_HELP
 from helpers.models.classifier import head_columns
 from helpers.training.config import RunConfig
 from helpers.training.features import batches
@@ -74,9 +75,9 @@ _SHOWN = ("auroc", "accuracy")
 class ProbeConfig(DataConfig):
     """The parameters of a probe."""
 
-    backbone: str = Field("example", description="example, dinov2_vit{s,b,l,g}14, each with _reg")
+    backbone: str = Field("example", description=BACKBONE_HELP)
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
-    image_size: PositiveInt = Field(98, description="pixels, a multiple of 14")
+    image_size: PositiveInt = Field(98, description="pixels, a multiple of the patch size")
     neighbours: PositiveInt = Field(20, description="of the kNN probe")
     random_init: bool = Field(False, description="also probe the backbone with random weights")
     seed: int = Field(0, ge=0, description="of random weights")

@@ -3,6 +3,7 @@
 Apart from `classifier.py`, so that serving a merged classifier does not load PEFT.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -16,14 +17,19 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from pydantic import ConfigDict, TypeAdapter
 from torch import nn
 
 from helpers import InputError
-from helpers.models.backbones import state_digest, weights_digest
-from helpers.models.classifier import Classifier, config_from_json, create_classifier
+from helpers.models.backbones import check_complete, read_state_dict, state_digest, weights_digest
+from helpers.models.classifier import Classifier, create_classifier
+from helpers.models.files import read_record, without_folders
 from helpers.records import written_whole_folder
 
-METHODS = ("head_only", "lora", "dora", "full")
+PEFT_METHODS = {"lora": {}, "dora": {"use_dora": True}}
+"""Method -> what its `LoraConfig` has besides; one entry adds another (`{"use_rslora": True}`)."""
+
+METHODS = ("head_only", *PEFT_METHODS, "full")
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,18 @@ class AdapterSettings:
         rank: r, width of the low-rank update B @ A.
         alpha: the update is scaled by alpha / rank.
         dropout: on the input of A, in training.
-        targets: names of the linear layers in every block, from qkv, proj, fc1, fc2.
-        dora: whether the magnitude of each output is trained apart from its direction.
+        targets: names of linear layers in the blocks, such as qkv, proj, fc1, fc2.
+        method: a name in `PEFT_METHODS`; dora trains the magnitude of each output apart from its
+            direction.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     rank: int = 4
     alpha: float = 8
     dropout: float = 0.1
     targets: tuple[str, ...] = ("qkv",)
-    dora: bool = False
+    method: str = "lora"
 
 
 def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
@@ -51,21 +60,25 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
     PEFT changes the classifier's modules; build a new one for every adapter.
 
     Raises:
-        InputError: rank below 1, or a target that names no linear layer of the blocks.
+        InputError: rank below 1 or above every layer's width, an unknown method, or a target that
+            names no linear layer of the blocks.
     """
-    if settings.rank < 1:
-        raise InputError(f"lora_rank: {settings.rank} is below 1")
     layers = {
-        name.rsplit(".", 1)[-1]
+        name.rsplit(".", 1)[-1]: module
         for name, module in classifier.backbone.blocks.named_modules()
         if isinstance(module, nn.Linear)
     }
-    unknown = [target for target in settings.targets if target not in layers]
+    unknown = sorted(set(settings.targets) - layers.keys())
     if unknown or not settings.targets:
         raise InputError(
-            f"lora_targets: {unknown or 'nothing'} names no linear layer of the blocks; "
+            f"lora_targets: {unknown[:4] or 'nothing'} names no linear layer of the blocks; "
             f"there are {', '.join(sorted(layers))}"
         )
+    largest = max(min(layers[name].weight.shape) for name in settings.targets)
+    if not 1 <= settings.rank <= largest:
+        raise InputError(f"lora_rank: {settings.rank} is not between 1 and {largest}")
+    if settings.method not in PEFT_METHODS:
+        raise InputError(f"method: {settings.method!r} is none of {', '.join(PEFT_METHODS)}")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -74,9 +87,11 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
         target_modules=rf".*\.blocks\..*\.({'|'.join(settings.targets)})",
         modules_to_save=["linear_head"],
         bias="none",
-        use_dora=settings.dora,
+        **PEFT_METHODS[settings.method],
     )
-    return get_peft_model(classifier, config)
+    model = get_peft_model(classifier, config)
+    model.adapter_settings = settings
+    return model
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, int]:
@@ -105,56 +120,91 @@ def merge_adapter(model: PeftModel) -> Classifier:
 
 def transfer_adapter(source: PeftModel, classifier: Classifier) -> PeftModel:
     """Put source's adapter and head, in fp32, onto a fresh fp32 classifier."""
-    target = get_peft_model(classifier, source.peft_config["default"])
+    target = add_adapter(classifier, source.adapter_settings)
     state = {k: v.float() for k, v in get_peft_model_state_dict(source).items()}
     set_peft_model_state_dict(target, state)
     return target.eval()
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> Path:
+def save_adapter(model: PeftModel, folder: str | Path, provenance: dict | None = None) -> Path:
     """Write an adapter folder in PEFT's format, with what is needed to rebuild its base.
 
-    Beside PEFT's files lies `classifier.json`: the base's configuration and the digest of its
-    weights. The folder appears whole or not at all.
+    Beside PEFT's files lies `classifier.json`: the base's configuration, the adapter's settings,
+    the provenance as in `save_classifier`, and digests of the base's weights and the adapter's.
+    The folder appears whole or not at all.
     """
     base = model.get_base_model()
     with written_whole_folder(folder) as part:
         model.save_pretrained(part)
         (part / "README.md").unlink()  # PEFT's empty model card
-        record = {"config": asdict(base.config), "base_digest": base_digest(model)}
+        record = {
+            "config": asdict(base.config),
+            "settings": asdict(model.adapter_settings),
+            "provenance": without_folders(provenance or {}),
+            "base_digest": base_digest(model),
+            "files": {name: _digest((part / name).read_bytes()) for name in _PEFT_FILES},
+        }
+        record["digest"] = _digest(json.dumps(record).encode())
         (part / "classifier.json").write_text(json.dumps(record, indent=2) + "\n")
     return Path(folder)
 
 
-def load_adapter(folder: str | Path) -> PeftModel:
-    """Read what `save_adapter` wrote onto a fresh base; eval mode, not merged.
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def load_adapter(folder: str | Path) -> tuple[PeftModel, dict]:
+    """Read what `save_adapter` wrote onto a fresh base.
+
+    PEFT's configuration is only compared with its digest: the adapter is built from checked
+    settings, so that no pattern from a file is ever matched.
+
+    Returns:
+        The model (eval mode, not merged) and its provenance.
 
     Raises:
-        InputError: no adapter folder, damaged files, or a base with other weights than the
-            adapter was trained on.
+        InputError: no adapter folder, damaged or altered files, or a base with other weights than
+            the adapter was trained on.
     """
     folder = Path(folder)
     try:
         record = json.loads((folder / "classifier.json").read_text())
-        config = config_from_json(record["config"])
-        digest = record["base_digest"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        digest = record.pop("digest")
+        config, provenance = read_record(
+            json.dumps(record["config"]), json.dumps(record["provenance"])
+        )
+        settings = TypeAdapter(AdapterSettings).validate_python(record["settings"])
+        changed = [
+            name
+            for name in _PEFT_FILES
+            if _digest((folder / name).read_bytes()) != record["files"].get(name)
+        ]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{folder}: not an adapter folder of this project ({type(error).__name__} in "
-            "classifier.json); pass the adapter folder of a run"
+            f"{folder}: no complete adapter folder of this project ({type(error).__name__}); "
+            "pass the adapter folder of a run"
         ) from error
+    if _digest(json.dumps(record).encode()) != digest:
+        changed.append("classifier.json")
+    if changed:
+        raise InputError(
+            f"{folder}: {' and '.join(changed)} changed after the adapter was saved; "
+            "copy the folder again, or train again"
+        )
     classifier = create_classifier(config)
-    if weights_digest(classifier.backbone) != digest:
+    if weights_digest(classifier.backbone) != record["base_digest"]:
         raise InputError(
             f"{folder}: the adapter was trained on other weights than those of "
             f"{config.backbone} ({config.weights}); restore them and load again"
         )
-    try:
-        return PeftModel.from_pretrained(classifier, str(folder)).eval()
-    except Exception as error:  # PEFT, safetensors and JSON readers each raise their own
-        raise InputError(
-            f"{folder}: PEFT's files are damaged or missing ({type(error).__name__}: {error})"
-        ) from error
+    model = add_adapter(classifier, settings)
+    state = read_state_dict(folder / "adapter_model.safetensors")
+    check_complete(get_peft_model_state_dict(model), state, str(folder))
+    set_peft_model_state_dict(model, state)
+    return model.eval(), provenance
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def base_digest(model: PeftModel) -> str:

@@ -1,129 +1,115 @@
-"""Architectures, and where their weights come from.
+"""Build a backbone, and fill it with weights.
 
-Architectures are timm's DINOv2 ViTs. Weights come from the hub through timm, from a local file
-(timm's layout or Meta's published one), from the embedded example, or are random.
+Backbones are timm's ViTs (`architectures`). Weights come from the hub through timm, from a local
+file (timm's layout or Meta's published one), from the embedded example, or are random.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import safe_open
-from timm.models import adapt_input_conv, load_state_dict_from_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
+from timm.models import adapt_input_conv, eva, load_state_dict_from_hf, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from helpers import InputError
+from helpers.models.architectures import architecture, check_image_size, weights_licence
 from helpers.records import ROOT
-
-PATCH = 14
-
 
 EXAMPLE_WEIGHTS = ROOT / "example" / "backbone.safetensors"
 
+# Licences that ask for nothing that a user of the weights would not expect.
+_PERMISSIVE = ("apache-2.0", "mit")
 
-# ImageNet statistics in units of 8-bit chips: what DINOv2 was trained with.
-IMAGENET_MEAN = (123.675, 116.28, 103.53)
-
-
-IMAGENET_STD = (58.395, 57.12, 57.375)
-
-
-_EXAMPLE = {"patch_size": PATCH, "init_values": 1e-5, "img_size": 98}
+Backbone = vision_transformer.VisionTransformer | eva.Eva
+"""`forward_features` gives CLS first, then registers, then patches."""
 
 
-_DINOV2 = {"img_size": 518}
+class Rope(RotaryEmbeddingDinoV3):
+    """DINOv3's rotary embedding, its periods among the weights and in fp32 whatever the rest is.
 
+    timm computes them at every start and after every change of precision, and saves none. Meta's
+    published files hold them, rounded to bf16, and Meta's code uses what the file holds: features
+    differ by up to 8.5e-3.
+    """
 
-@dataclass(frozen=True)
-class Architecture:
-    """A timm model, the overrides that make it ours, and its name in tables."""
-
-    timm_name: str
-    overrides: dict
-    label: str
-
-
-ARCHITECTURES = {"example": Architecture("vit_tiny_patch16_224", _EXAMPLE, "ViT-Ti/14")} | {
-    f"dinov2_vit{letter}14{suffix}": Architecture(
-        f"vit_{size}_patch14{timm_suffix}_dinov2.lvd142m",
-        _DINOV2,
-        f"ViT-{letter if letter == 'g' else letter.upper()}/14"
-        + (" with registers" if suffix else ""),
-    )
-    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
-    for suffix, timm_suffix in {"": "", "_reg": "_reg4"}.items()
-}
-
-
-def check_choice(parameter: str, value, choices) -> None:
-    """Raise InputError, listing the choices, if value is not one of them."""
-    if value not in choices:
-        raise InputError(f"{parameter}: {value!r} is unknown; choose one of {', '.join(choices)}")
-
-
-def check_image_size(image_size: int) -> None:
-    """Raise InputError naming the two next sizes if image_size is not a multiple of 14."""
-    if image_size < PATCH or image_size % PATCH:
-        below = max(image_size // PATCH, 1) * PATCH
-        raise InputError(
-            f"image_size: {image_size} is not a multiple of the patch size {PATCH}; "
-            f"the next sizes are {below} and {below + PATCH}"
-        )
-
-
-def backbone_label(backbone: str, weights: str) -> str:
-    """Name of a backbone and its weights as it must stand beside every number."""
-    if weights == "random":
-        return f"{ARCHITECTURES[backbone].label}, random weights"
-    if backbone == "example" and weights == "pretrained":
-        return "example (ViT-Ti/14, distilled)"
-    if weights == "pretrained":
-        return f"DINOv2 {ARCHITECTURES[backbone].label}"
-    return f"{ARCHITECTURES[backbone].label}, weights from {Path(weights).name}"
+    def _apply(self, fn, *args, **kwargs):
+        periods = self.periods
+        super()._apply(fn, *args, **kwargs)
+        self.register_buffer("periods", periods.to(self.periods.device))
+        return self
 
 
 def build_backbone(
     name: str, image_size: int | None = None, in_chans: int = 3, initialise: bool = True
-) -> VisionTransformer:
-    """Return a timm VisionTransformer without a head, and without pretrained weights.
+) -> Backbone:
+    """Return a timm ViT without a head, and without pretrained weights.
 
     Under `torch.device("meta")` it takes no memory, which is enough to count parameters.
 
     Args:
-        name: a name in `ARCHITECTURES`.
-        image_size: pixels, a multiple of 14; None for the size the weights were made at.
+        name: a name that `architecture` takes.
+        image_size: pixels, a multiple of the patch size; None for the size of the weights.
         in_chans: bands of a chip.
         initialise: whether to draw random weights, which takes seconds; not where others follow.
 
     Raises:
-        InputError: unknown name, or a size that patches of 14 do not fill.
+        InputError: unknown name, or a size that patches do not fill.
     """
-    check_choice("backbone", name, ARCHITECTURES)
-    architecture = ARCHITECTURES[name]
-    overrides = architecture.overrides | {"in_chans": in_chans}
+    chosen = architecture(name)
+    overrides = chosen.overrides | {"in_chans": in_chans, "num_classes": 0}
     if image_size is not None:
-        check_image_size(image_size)
+        check_image_size(image_size, name)
         overrides |= {"img_size": image_size}
-    if not initialise:
-        overrides |= {"weight_init": "skip"}
-    return timm.create_model(architecture.timm_name, num_classes=0, **overrides)
+    if initialise:
+        backbone = timm.create_model(chosen.timm_name, **overrides)
+    else:
+        with torch.device("meta"):
+            backbone = timm.create_model(chosen.timm_name, **overrides)
+        backbone.to_empty(device=torch.get_default_device())
+        for module in backbone.modules():
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
+    backbone.reset_classifier(0, "token")  # timm pools some by the mean of patches
+    _join_qkv_bias(backbone)
+    rope = getattr(backbone, "rope", None)
+    if isinstance(rope, RotaryEmbeddingDinoV3):
+        rope.__class__ = Rope
+        rope.register_buffer("periods", rope.periods.to(chosen.rope_dtype).float())
+    return backbone
+
+
+def _join_qkv_bias(backbone: Backbone) -> None:
+    """Make the biases that timm's EVA keeps beside qkv part of that layer.
+
+    There, attention multiplies with the layer's weight and never calls the layer: an adapter on it
+    would get no gradient and change nothing, without a word.
+    """
+    for block in backbone.blocks:
+        attention = block.attn
+        if getattr(attention, "q_bias", None) is not None:
+            parts = (attention.q_bias, attention.k_bias, attention.v_bias)
+            attention.qkv.bias = nn.Parameter(torch.cat(parts).detach())
+            attention.q_bias = attention.k_bias = attention.v_bias = None
 
 
 def create_backbone(
     name: str, weights: str = "pretrained", image_size: int | None = None, in_chans: int = 3
-) -> VisionTransformer:
+) -> Backbone:
     """Return a backbone with its weights.
 
+    The licence of weights that ask for something is printed, once.
+
     Args:
-        name: a name in `ARCHITECTURES`.
-        weights: `pretrained` (hub for DINOv2's names, the embedded file for `example`), `random`
-            (from torch's global seed), or the path of a file in timm's or Meta's layout.
-        image_size: pixels, a multiple of 14.
+        name: a name that `architecture` takes.
+        weights: `pretrained` (from the hub, for `example` the embedded file), `random` (from
+            torch's global seed), or the path of a file in timm's or Meta's layout.
+        image_size: pixels, a multiple of the patch size.
         in_chans: bands of a chip; a pretrained stem is repeated over other counts than 3 and
             rescaled (timm's `adapt_input_conv`).
 
@@ -138,25 +124,46 @@ def create_backbone(
     else:
         path = EXAMPLE_WEIGHTS if weights == "pretrained" else Path(weights)
         state, source = read_state_dict(path), str(path)
+    if name.startswith("timm:"):
+        state = _filtered_by_timm(backbone, state, source)
     load_backbone_weights(backbone, state, source)
+    licence = weights_licence(name, weights)
+    if licence.lower() not in _PERMISSIVE:
+        _print_once(f"Weights of {name}: {licence}")
     return backbone
 
 
-def load_backbone_weights(backbone: VisionTransformer, state: dict[str, Tensor], source: str):
+@cache
+def _print_once(line: str) -> None:
+    print(line)
+
+
+def load_backbone_weights(backbone: Backbone, state: dict[str, Tensor], source: str) -> None:
     """Fill a backbone completely from a state dict in timm's or Meta's layout.
 
     Position embeddings are resampled to the backbone's grid as Meta's code does
     (`resample_pos_embed`), and the stem is adapted to its band count.
 
     Args:
-        backbone: any timm VisionTransformer.
+        backbone: what `build_backbone` returns.
         state: key -> tensor of any floating type.
         source: what error messages call the state dict.
 
     Raises:
-        InputError: naming the keys that are missing, unexpected or of another shape.
+        InputError: naming the keys that are missing, unexpected or of another shape, or the
+            tensors that are not finite floating-point numbers.
     """
+    _check_floating(state, source)
     state = _timm_layout({key: value.float() for key, value in state.items()})
+    if "blocks.0.gamma_1" in state:
+        # timm's files hold no periods, and no biases of qkv where all of them are zero.
+        state = {k: v for k, v in backbone.state_dict().items() if k == "rope.periods"} | state
+        if not any(key.endswith("qkv.bias") for key in state):
+            state |= {
+                key: torch.zeros_like(value)
+                for key, value in backbone.state_dict().items()
+                if key.endswith("qkv.bias")
+            }
     if "pos_embed" in state and state["pos_embed"].ndim == 3:
         state["pos_embed"] = resample_pos_embed(
             state["pos_embed"], backbone.patch_embed.grid_size[0], registers="reg_token" in state
@@ -169,24 +176,66 @@ def load_backbone_weights(backbone: VisionTransformer, state: dict[str, Tensor],
     load_complete(backbone, state, source)
 
 
-def _timm_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Meta's published layout in timm's names; timm's own layout passes unchanged.
+# Meta's names of layers -> timm's. DINOv2: w12, w3; DINOv3: w1, w2, w3.
+_LAYERS = {
+    ".mlp.w12.": ".mlp.fc1.",
+    ".mlp.w1.": ".mlp.fc1_g.",
+    ".mlp.w2.": ".mlp.fc1_x.",
+    ".mlp.w3.": ".mlp.fc2.",
+}
+_DINOV3_NAMES = {
+    "storage_tokens": "reg_token",
+    "rope_embed.periods": "rope.periods",
+    ".ls1.gamma": ".gamma_1",
+    ".ls2.gamma": ".gamma_2",
+}
 
-    timm's `checkpoint_filter_fn` does the same, but it also resamples whatever does not fit, and
-    fails on files of another architecture before they can be named.
+
+def _renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    def rename(key: str) -> str:
+        for old, new in names.items():
+            key = key.replace(old, new)
+        return key
+
+    return {rename(key): value for key, value in state.items()}
+
+
+def _timm_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Meta's published layouts in the names of `build_backbone`; timm's names stay.
+
+    timm's `checkpoint_filter_fn` does nearly the same, but it also resamples whatever does not
+    fit, fails on files of another architecture before they can be named, and drops biases.
     """
-    state = {
-        key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): value
-        for key, value in state.items()
-        if key != "mask_token"  # only used in DINOv2's own training
-    }
+    # What only Meta's own training uses.
+    state = {k: v for k, v in state.items() if not k.startswith(("mask_token", "local_cls_norm."))}
+    state = _renamed(state, _LAYERS)
+    if "storage_tokens" in state:
+        state = _renamed(state, _DINOV3_NAMES)
+        for key in [key for key in state if key.endswith(".qkv.bias_mask")]:
+            bias = key.removesuffix("_mask")
+            state[bias] = state.get(bias, 0) * state.pop(key) + 0.0  # and not -0.0
     if {"register_tokens", "cls_token", "pos_embed"} <= state.keys():
         # With registers, timm has the position of CLS within the token itself.
         position = state["pos_embed"]
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"] + position[:, :1]
         state["pos_embed"] = position[:, 1:]
+    for key in [key for key in state if key.endswith(".attn.q_bias")]:  # timm's EVA
+        q, v = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     return state
+
+
+def _filtered_by_timm(backbone: Backbone, state: dict, source: str) -> dict[str, Tensor]:
+    """The state dict of a model that only timm knows, as timm itself would load it, less heads."""
+    module = eva if isinstance(backbone, eva.Eva) else vision_transformer
+    try:
+        state = module.checkpoint_filter_fn(state, backbone)
+    except Exception as error:  # of a file of another architecture, anything
+        raise InputError(
+            f"{source}: these weights are not of this architecture ({error})"
+        ) from error
+    return {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist.", "fc_norm."))}
 
 
 def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
@@ -204,7 +253,7 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
     """
     old = math.isqrt(pos_embed.shape[1])
     prefix = pos_embed.shape[1] - old**2
-    if old == grid:
+    if old in (0, grid):
         return pos_embed
     patches = pos_embed[:, prefix:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
     how = {"size": (grid, grid)} if registers else {"scale_factor": (grid + 0.1) / old}
@@ -213,16 +262,17 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
 
 
 def _hub_state_dict(name: str) -> dict[str, Tensor]:
-    """Weights of a DINOv2 backbone from the hub (or its local cache), at their own image size."""
-    hub_id = timm.get_pretrained_cfg(ARCHITECTURES[name].timm_name).hf_hub_id
+    """Published weights from the hub (or its local cache), at their own image size."""
+    chosen = architecture(name)
+    hub_id = timm.get_pretrained_cfg(chosen.timm_name).hf_hub_id
+    by_hand = f"Meta's {chosen.published_file}" if chosen.published_file else "its file"
     try:
         return load_state_dict_from_hf(hub_id, "model.safetensors")
     except Exception as error:  # timm, huggingface_hub and the HTTP client each raise their own
         raise InputError(
             f"backbone {name}: its weights could not be fetched from the hub "
-            f"({type(error).__name__}). Check the connection, or download Meta's "
-            f"{name.removesuffix('_reg')}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth "
-            "by hand and pass its path as weights"
+            f"({type(error).__name__}). Check the connection, or download {by_hand} by hand and "
+            "pass its path as weights"
         ) from error
 
 
@@ -255,42 +305,56 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"weights: {path} does not hold a flat state dict (name -> tensor); "
             "save the model's state_dict() by itself"
         )
+    odd = [k for k, v in state.items() if v.layout is not torch.strided or v.device.type != "cpu"]
+    if odd:
+        raise InputError(
+            f"weights: {path} holds sparse or empty tensors ({_some(odd)}); save dense ones"
+        )
     return state
 
 
 def load_complete(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load with every key present, none left over and all shapes equal, or raise InputError."""
-    own = module.state_dict()
-    missing = own.keys() - state.keys()
-    unexpected = state.keys() - own.keys()
-    shapes = {
-        key: f"{tuple(state[key].shape)} in place of {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    }
-    if missing or unexpected or shapes:
-        _refuse(source, missing, unexpected, shapes)
+    """Load what `check_complete` passes; else the module stays as it was."""
+    check_complete(module.state_dict(), state, source)
     module.load_state_dict(state)
 
 
-def _refuse(source: str, missing, unexpected, shapes: dict) -> None:
-    def some(keys):
-        keys = sorted(keys)
-        return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+def check_complete(wanted: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    """Raise InputError unless a state dict has exactly the wanted keys and shapes, all finite."""
+    _check_floating(state, source)
+    shapes = {
+        f"{key} {tuple(state[key].shape)} in place of {tuple(wanted[key].shape)}"
+        for key in wanted.keys() & state.keys()
+        if wanted[key].shape != state[key].shape
+    }
+    faults = {
+        "missing": wanted.keys() - state.keys(),
+        "unexpected": state.keys() - wanted.keys(),
+        "of another shape": shapes,
+    }
+    if any(faults.values()):
+        parts = [f"{what}: {_some(keys)}" for what, keys in faults.items() if keys]
+        raise InputError(
+            f"{source}: these weights are not of this architecture; {'; '.join(parts)}. "
+            "Choose the backbone that the file was made for"
+        )
+    broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise InputError(
+            f"{source}: weights that are not finite numbers: {_some(broken)}; the file is damaged "
+            "or its training diverged"
+        )
 
-    parts = [
-        f"{what}: {some(keys)}"
-        for what, keys in {
-            "missing": missing,
-            "unexpected": unexpected,
-            "of another shape": [f"{key} {shape}" for key, shape in shapes.items()],
-        }.items()
-        if keys
-    ]
-    raise InputError(
-        f"{source}: these weights are not of this architecture; {'; '.join(parts)}. "
-        "Choose the backbone that the file was made for"
-    )
+
+def _check_floating(state: dict[str, Tensor], source: str) -> None:
+    odd = [f"{k} ({value.dtype})" for k, value in state.items() if not value.is_floating_point()]
+    if odd:
+        raise InputError(f"{source}: weights that are not floating-point numbers: {_some(odd)}")
+
+
+def _some(keys) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -1,20 +1,16 @@
 """`Classifier` = `backbone` + `linear_head`, and its normalisation."""
 
+import json
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from helpers import InputError
-from helpers.models.backbones import (
-    ARCHITECTURES,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    check_choice,
-    check_image_size,
-    create_backbone,
-)
+from helpers.models.architectures import architecture, check_image_size
+from helpers.models.backbones import Backbone, create_backbone
 
 HEAD_INPUTS = {"cls": 1, "cls+mean": 2, "4xcls+mean": 5}
 """Name of a head input -> its width in units of the backbone's embedding width."""
@@ -25,14 +21,15 @@ class ClassifierConfig:
     """What is needed to rebuild and use a classifier, apart from its weights.
 
     Args:
-        backbone: a name in `ARCHITECTURES`.
+        backbone: a name that `architecture` takes.
         weights: `pretrained`, `random` or a file's path; a label once weights are loaded.
-        image_size: side of the square chips in pixels, a multiple of 14.
+        image_size: side of the square chips in pixels, a multiple of the backbone's patch size.
         bands: zero-based bands of the files that make a chip, in order.
         classes: class names; for two classes the second is the positive one.
         head_input: a name in `HEAD_INPUTS`.
-        mean: per band, in units of the chips (8-bit chips: 0 to 255).
-        std: per band, in units of the chips.
+        mean: per band, in units of the chips (8-bit chips: 0 to 255); the backbone's by default.
+        std: likewise.
+        seed: of random weights, with which alone they can be made again.
         chip_size: median side of the training chips in pixels, before they were resized.
         chip_bands: how many bands their files have.
         chip_dtype: in which type of numbers they are stored; None for several types.
@@ -41,14 +38,17 @@ class ClassifierConfig:
     The last four are what a new chip or scene is compared with; None where a file is older.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     backbone: str
     weights: str
     image_size: int
     bands: tuple[int, ...]
     classes: tuple[str, ...]
     head_input: str = "cls"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    seed: int = 0
     chip_size: int | None = None
     chip_bands: int | None = None
     chip_dtype: str | None = None
@@ -56,23 +56,47 @@ class ClassifierConfig:
 
     def __post_init__(self):
         """Raise InputError for a field that no classifier can be built from."""
-        check_choice("backbone", self.backbone, ARCHITECTURES)
-        check_choice("head_input", self.head_input, HEAD_INPUTS)
-        check_image_size(self.image_size)
-        if len(self.classes) < 2:
-            raise InputError(f"classes: at least two are needed, got {list(self.classes)}")
+        for name in ("mean", "std"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(architecture(self.backbone), name))
+        check_image_size(self.image_size, self.backbone)
+        if self.head_input not in HEAD_INPUTS:
+            raise InputError(
+                f"head_input: {self.head_input!r} is unknown; choose one of "
+                f"{', '.join(HEAD_INPUTS)}"
+            )
+        if len(set(self.classes)) < max(2, len(self.classes)):
+            raise InputError(
+                f"classes: at least two are needed, all different, got {list(self.classes)}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed: {self.seed} is not between 0 and {2**32 - 1}")
+        if not self.bands or min(self.bands) < 0:
+            raise InputError(f"bands: zero or more for each are needed, got {list(self.bands)}")
         if not len(self.mean) == len(self.std) == len(self.bands):
             raise InputError(
                 f"mean ({len(self.mean)}) and std ({len(self.std)}) need one value for each of the "
                 f"{len(self.bands)} bands"
             )
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise InputError(
+                f"mean and std: finite numbers are needed, std above zero, got {list(self.mean)} "
+                f"and {list(self.std)}"
+            )
 
 
 def config_from_json(fields: dict) -> ClassifierConfig:
-    """Rebuild a configuration from its JSON form, in which tuples are lists."""
-    return ClassifierConfig(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    )
+    """Rebuild a configuration from its JSON form, in which tuples are lists.
+
+    Raises:
+        InputError: a field that is missing, unknown, of another type or impossible.
+    """
+    try:
+        return TypeAdapter(ClassifierConfig).validate_json(json.dumps(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise InputError(where + first["msg"].removeprefix("Value error, ")) from None
 
 
 class Classifier(nn.Module):
@@ -82,7 +106,7 @@ class Classifier(nn.Module):
     forget it.
     """
 
-    def __init__(self, config: ClassifierConfig, backbone: VisionTransformer):
+    def __init__(self, config: ClassifierConfig, backbone: Backbone):
         """Join a backbone built for config.image_size and len(config.bands) with a new head."""
         super().__init__()
         self.config = config
@@ -143,7 +167,11 @@ def head_columns(features: Tensor, head_input: str) -> Tensor:
 
 
 def create_classifier(config: ClassifierConfig) -> Classifier:
-    """Return a new classifier: the backbone with its weights and an untrained head."""
+    """Return a new classifier: the backbone with its weights and an untrained head.
+
+    Seeds torch's generator with `config.seed`, so that equal configurations are equal classifiers.
+    """
+    torch.manual_seed(config.seed)
     backbone = create_backbone(
         config.backbone, config.weights, config.image_size, len(config.bands)
     )

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from helpers import InputError
 from helpers.data.dataset import ChipData, DataConfig
 from helpers.models.adapters import METHODS
-from helpers.models.backbones import backbone_label
+from helpers.models.architectures import BACKBONE_HELP, backbone_label
 from helpers.models.classifier import HEAD_INPUTS
 
 # Parameters that do not change what a run computes.
@@ -27,9 +27,9 @@ WITHOUT_EFFECT = {
 class RunConfig(DataConfig):
     """Everything that decides a training run."""
 
-    backbone: str = Field("example", description="example, dinov2_vit{s,b,l,g}14, each with _reg")
+    backbone: str = Field("example", description=BACKBONE_HELP)
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
-    image_size: PositiveInt = Field(98, description="pixels, a multiple of 14")
+    image_size: PositiveInt = Field(98, description="pixels, a multiple of the patch size")
     method: Literal[METHODS] = Field("head_only", description=", ".join(METHODS))
     head_inputs: tuple[Literal[tuple(HEAD_INPUTS)], ...] = Field(
         tuple(HEAD_INPUTS), min_length=1, description=f"to sweep, from {', '.join(HEAD_INPUTS)}"

@@ -23,7 +23,7 @@ from helpers.models.adapters import (
     merge_adapter,
     transfer_adapter,
 )
-from helpers.models.backbones import IMAGENET_MEAN, IMAGENET_STD, weights_digest
+from helpers.models.backbones import weights_digest
 from helpers.models.classifier import (
     HEAD_INPUTS,
     Classifier,
@@ -77,14 +77,12 @@ class HeadSweep(nn.Module):
 def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
     """Build the classifier for a data set, before training.
 
-    8-bit chips of three bands are normalised with ImageNet's statistics, as DINOv2 was trained;
-    any others with those of the training split.
+    8-bit chips of three bands are normalised as the backbone was pretrained; any others with the
+    statistics of the training split.
     """
-    if len(data.bands) == 3 and set(data.manifest.dtype) == {"uint8"}:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-    else:
+    mean = std = None
+    if len(data.bands) != 3 or set(data.manifest.dtype) != {"uint8"}:
         mean, std = (tuple(map(float, s)) for s in band_statistics(data, config.image_size))
-    torch.manual_seed(config.seed)
     return create_classifier(
         ClassifierConfig(
             backbone=config.backbone,
@@ -95,6 +93,7 @@ def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
             head_input=config.head_inputs[0] if config.method == "head_only" else config.head_input,
             mean=mean,
             std=std,
+            seed=config.seed,
             **data.chip_facts,
         )
     )
@@ -291,7 +290,7 @@ def _trainable_model(config: RunConfig, data: ChipData) -> Classifier | PeftMode
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             targets=config.lora_targets,
-            dora=config.method == "dora",
+            method=config.method,
         ),
     )
 

@@ -14,6 +14,7 @@ from helpers.data.dataset import ChipData
 from helpers.data.splits import SPLITS
 from helpers.metrics import METRICS, evaluate, with_interval
 from helpers.models.adapters import load_adapter, save_adapter
+from helpers.models.architectures import weights_licence
 from helpers.models.classifier import Classifier
 from helpers.models.files import load_classifier, save_classifier
 from helpers.records import environment, write_json, written_whole
@@ -67,6 +68,7 @@ def finished_run(
     record = {
         "run": config.name,
         "backbone": config.label,
+        "licence": weights_licence(config.backbone, config.weights),
         "method": config.method,
         "data": Path(config.data_path).name,
         "config": config.model_dump(),
@@ -99,7 +101,7 @@ def save_run(config: RunConfig, run: Run) -> list[Path]:
     """
     files = [save_classifier(run.classifier, config.folder / "model_final.safetensors", run.record)]
     if run.adapter:
-        files.append(save_adapter(run.adapter, config.folder / "adapter"))
+        files.append(save_adapter(run.adapter, config.folder / "adapter", run.record))
         kept = sum(file.stat().st_size for file in files[-1].iterdir())
     elif config.method == "full":
         kept = files[-1].stat().st_size
@@ -148,7 +150,7 @@ def read_run(config: RunConfig) -> Run | None:
     weights, adapter = config.folder / "model_final.safetensors", config.folder / "adapter"
     return Run(
         classifier=load_classifier(weights)[0] if weights.is_file() else None,
-        adapter=load_adapter(adapter) if adapter.is_dir() else None,
+        adapter=load_adapter(adapter)[0] if adapter.is_dir() else None,
         record=record,
         **tables,
     )

@@ -1,11 +1,15 @@
 """LoRA and DoRA around a classifier: parameters, shapes, files, merging."""
 
+import copy
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers import InputError
@@ -16,6 +20,8 @@ from helpers.models.backbones import build_backbone
 from helpers.models.classifier import Classifier, ClassifierConfig, create_classifier
 from helpers.models.export import count_parameters, module_tree
 from helpers.models.files import load_classifier, save_classifier
+from tests.models.common import random_chips, refusal
+from tests.models.parity import TINY, empty_backbone, tiny_classifier
 
 CONFIG = ClassifierConfig("example", "pretrained", 28, (0, 1, 2), ("a", "b"), "cls+mean")
 
@@ -46,20 +52,20 @@ def logits(model):
     return model.eval()(chips())
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+@pytest.fixture(scope="module", params=adapters.PEFT_METHODS)
 def model(request):
-    return adapted(dora=request.param)
+    return adapted(method=request.param)
 
 
 def test_the_reference_shape_has_the_published_number_of_parameters():
     config = ClassifierConfig("dinov2_vitl14", "random", 196, (0, 1, 2), ("a", "b"))
     with torch.device("meta"):
-        for dora in (False, True):
+        for method in ("lora", "dora"):
             classifier = Classifier(config, build_backbone("dinov2_vitl14", 196))
-            model = adapters.add_adapter(classifier, AdapterSettings(dora=dora))
+            model = adapters.add_adapter(classifier, AdapterSettings(method=method))
             parts = adapters.adapter_parameters(model)
             assert (parts["lora"], parts["head"]) == (393_216, 2_050)
-            assert parts["magnitude"] == (73_728 if dora else 0)
+            assert parts["magnitude"] == (73_728 if method == "dora" else 0)
             trainable = count_parameters(model)["trainable"]
             assert trainable == sum(parts.values())
     qkv = model.get_base_model().backbone.blocks[23].attn.qkv
@@ -89,7 +95,11 @@ def test_targets_name_any_linear_layer_of_the_blocks():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "lora_rank: 0 is below 1"),
+        ({"rank": 0}, "lora_rank: 0 is not between 1 and 192"),
+        ({"rank": 1_000_000}, "lora_rank: 1000000 is not between 1 and 192"),
+        ({"method": "vera"}, "method: 'vera' is none of lora, dora"),
+        ({"targets": ("(a|aa)+$",)}, "names no linear layer of the blocks"),
+        ({"targets": tuple(map(str, range(200_000)))}, r"\['0', '1', '10', '100'\] names no"),
         ({"targets": ("query",)}, r"lora_targets: \['query'\] names no .* fc1, fc2, proj, qkv"),
         ({"targets": ()}, "lora_targets: nothing names no linear layer"),
     ],
@@ -102,7 +112,7 @@ def test_wrong_settings_are_one_clear_error(settings, message):
 def test_saved_loaded_merged_and_unmerged_agree(model, tmp_path):
     expected = logits(model)
     folder = adapters.save_adapter(model, tmp_path / "adapter")
-    assert torch.equal(logits(adapters.load_adapter(folder)), expected)
+    assert torch.equal(logits(adapters.load_adapter(folder)[0]), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(fresh(), str(folder))), expected)
     merged = adapters.merge_adapter(adapters.transfer_adapter(model, fresh()))
     assert type(merged) is Classifier
@@ -136,32 +146,142 @@ def test_merging_low_precision_is_refused(model):
         adapters.merge_adapter(adapters.transfer_adapter(model, fresh()).bfloat16())
 
 
-def test_an_adapter_of_another_base_is_refused(model, tmp_path):
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    for name, seed in {"w": 0, "other": 1}.items():
+        torch.manual_seed(seed)
+        save_file(build_backbone("example").state_dict(), tmp_path / f"{name}.safetensors")
+    config = replace(CONFIG, weights=str(tmp_path / "w.safetensors"))
+    model = adapters.add_adapter(create_classifier(config), AdapterSettings())
     folder = adapters.save_adapter(model, tmp_path / "adapter")
-    record = json.loads((folder / "classifier.json").read_text())
-    record["base_digest"] = "0" * 16
-    (folder / "classifier.json").write_text(json.dumps(record))
+    assert adapters.load_adapter(folder)
+    (tmp_path / "other.safetensors").replace(tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="was trained on other weights than those of example"):
         adapters.load_adapter(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("classifier.json", None, "not an adapter folder of this project"),
-        ("classifier.json", b"{", "not an adapter folder of this project"),
-        ("adapter_model.safetensors", b"short", "PEFT's files are damaged or missing"),
-        ("adapter_config.json", b"{", "PEFT's files are damaged or missing"),
-    ],
-)
-def test_damaged_adapter_folders_are_one_clear_error(model, tmp_path, name, damage, message):
+def test_an_adapter_on_random_weights_is_rebuilt_from_its_seed(tmp_path):
+    config = replace(CONFIG, weights="random", seed=7)
+    model = adapters.add_adapter(create_classifier(config), AdapterSettings())
+    folder = adapters.save_adapter(model, tmp_path / "adapter", {"run": "a"})
+    torch.manual_seed(123)
+    loaded, provenance = adapters.load_adapter(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    assert provenance == {"run": "a"}
+
+
+def altered_json(**changes):
+    """Set fields of a JSON file anywhere in it."""
+
+    def change(path):
+        text = path.read_text()
+        for name, value in changes.items():
+            text, count = re.subn(rf'("{name}": )[^,\n]+', rf"\g<1>{value}", text)
+            assert count == 1
+        path.write_text(text)
+
+    return change
+
+
+def without_tensors(path):
+    state = {k: v for k, v in load_file(path).items() if "lora_B" not in k}
+    save_file(state, path)
+
+
+def not_a_number(path):
+    save_file({k: v * float("nan") for k, v in load_file(path).items()}, path)
+
+
+DAMAGES = {
+    "no record": ("classifier.json", Path.unlink, "no complete adapter folder of this project"),
+    "cut record": ("classifier.json", b"{", "no complete adapter folder of this project"),
+    "binary record": ("classifier.json", bytes(range(256)), "no complete adapter folder"),
+    "deep record": ("classifier.json", b"[" * 100_000, "no complete adapter folder"),
+    "list as record": ("classifier.json", b"[]", "no complete adapter folder"),
+    "empty record": ("classifier.json", b"{}", "no complete adapter folder"),
+    "no weights": ("adapter_model.safetensors", Path.unlink, "no complete adapter folder"),
+    "cut weights": ("adapter_model.safetensors", b"short", "adapter_model.safetensors changed"),
+    "half the weights": ("adapter_model.safetensors", without_tensors, "changed after"),
+    "weights of NaN": ("adapter_model.safetensors", not_a_number, "changed after"),
+    "cut settings": ("adapter_config.json", b"{", "adapter_config.json changed after"),
+    "PEFT's alpha": ("adapter_config.json", altered_json(lora_alpha=1000), "changed after"),
+    "PEFT's method": ("adapter_config.json", altered_json(use_dora="null"), "changed after"),
+    "PEFT's targets": (
+        "adapter_config.json",
+        altered_json(target_modules='"(a|aa|aaa)+$"'),
+        "adapter_config.json changed after",
+    ),
+    "alpha": ("classifier.json", altered_json(alpha=1000), "classifier.json changed after"),
+    "alpha of NaN": ("classifier.json", altered_json(alpha="NaN"), "no complete adapter folder"),
+    "method": ("classifier.json", altered_json(method='"rslora"'), "classifier.json changed"),
+    "digest of the base": (
+        "classifier.json",
+        altered_json(base_digest='"0000"'),
+        "classifier.json changed after",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_and_altered_adapter_folders_are_one_clear_error(model, tmp_path, case):
+    name, damage, message = DAMAGES[case]
     folder = adapters.save_adapter(model, tmp_path / "adapter")
-    if damage is None:
-        (folder / name).unlink()
-    else:
+    if isinstance(damage, bytes):
         (folder / name).write_bytes(damage)
-    with pytest.raises(InputError, match=message):
-        adapters.load_adapter(folder)
+    else:
+        damage(folder / name)
+    assert message in refusal(adapters.load_adapter, folder)
+
+
+def sealed(folder):
+    """Digests as whoever forges a whole folder would write them."""
+    record = json.loads((folder / "classifier.json").read_text())
+    del record["digest"]
+    for name in record["files"]:
+        record["files"][name] = adapters._digest((folder / name).read_bytes())
+    record["digest"] = adapters._digest(json.dumps(record).encode())
+    (folder / "classifier.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(without_tensors, "missing: base_model"), (not_a_number, "not finite")]
+)
+def test_a_forged_adapter_must_be_complete_all_the_same(model, tmp_path, damage, message):
+    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    damage(folder / "adapter_model.safetensors")
+    sealed(folder)
+    assert message in refusal(adapters.load_adapter, folder)
+
+
+def targets_of(model):
+    layers = empty_backbone(None, model).blocks[0].named_modules()
+    return [name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear)]
+
+
+@pytest.mark.parametrize("method", adapters.PEFT_METHODS)
+@pytest.mark.parametrize(("name", "target"), [(m, t) for m in TINY for t in targets_of(m)])
+def test_an_adapter_trains_on_every_layer_of_every_family(name, target, method):
+    """timm's own `_qkvb` models never call qkv: the gradient would be missing, without a word."""
+    classifier = tiny_classifier(None, name)
+    size = classifier.config.image_size
+    batch = random_chips(size=size)
+    before = classifier(batch).detach()
+    settings = AdapterSettings(targets=(target,), method=method, dropout=0.0)
+    model = adapters.add_adapter(classifier, settings)
+    trainable = {k: p for k, p in model.named_parameters() if p.requires_grad and "lora" in k}
+    assert len({k.split(".lora")[0] for k in trainable}) == 5, "one layer in each block"
+    for _ in range(2):  # A's gradient is zero while B is
+        model.zero_grad()
+        model(batch).square().sum().backward()
+        with torch.no_grad():
+            for parameter in trainable.values():
+                parameter -= 0.1 * parameter.grad / parameter.grad.norm().clamp(min=1e-12)
+    for key, parameter in trainable.items():
+        assert parameter.grad.abs().max() > 0, key
+    with torch.inference_mode():
+        adapted = model.eval()(batch)
+        assert (adapted - before).abs().max() > 1e-4
+        merged = adapters.merge_adapter(copy.deepcopy(model))
+        torch.testing.assert_close(merged(batch), adapted, atol=1e-5, rtol=1e-4)
 
 
 def test_weight_changes_are_the_scaled_product_over_the_weight():

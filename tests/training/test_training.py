@@ -111,7 +111,7 @@ def test_the_saved_classifier_gives_the_recorded_predictions(chips_folder, tmp_p
     ("parameters", "message"),
     [
         ({"precision": "fp16"}, "precision: fp16 needs a GPU"),
-        ({"lora_rank": 0}, "lora_rank: 0 is below 1"),
+        ({"lora_rank": 0}, "lora_rank: 0 is not between 1 and"),
         ({"lora_targets": ("nope",)}, "lora_targets: .*there are fc1, fc2, proj, qkv"),
     ],
 )

@@ -1,17 +1,27 @@
 """The reference models of README.md, built with timm: small backbones for the tests."""
 
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
+import timm
 import torch
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 
-from helpers.models.backbones import load_backbone_weights
+from helpers.models import backbones
+from helpers.models.architectures import architecture
+from helpers.models.backbones import build_backbone, load_backbone_weights
 from helpers.models.classifier import Classifier, ClassifierConfig
 
 FOLDER = Path(__file__).parent
-MODELS = ("dinov2", "dinov2_reg4")
+# Reference model -> the backbone whose settings it has.
+MODELS = {
+    "dinov2": "dinov2_vits14",
+    "dinov2_reg4": "dinov2_vits14_reg",
+    "dinov3": "dinov3_vits16",
+    "dinov3_sat": "dinov3_vitl16_sat",
+}
 
 
 @cache
@@ -26,28 +36,42 @@ def meta_outputs(model):
     return load_file(FOLDER / f"{model}_outputs.safetensors")
 
 
-def empty_backbone(image_size=28, model="dinov2", **options):
-    """A timm model of the reference's shape with fresh weights."""
-    registers = 4 if model == "dinov2_reg4" else 0
-    return VisionTransformer(
-        img_size=image_size,
-        patch_size=14,
-        embed_dim=64,
-        depth=5,
-        num_heads=2,
-        num_classes=0,
-        init_values=1.0,
-        reg_tokens=registers,
-        no_embed_class=bool(registers),
-        **options,
-    ).eval()
+# Small models of every shape of block: reference models, and gated MLPs as ViT-g, S+ and 7B have.
+TINY = MODELS | {
+    "giant": "dinov2_vitg14",
+    "plus": "dinov3_vits16plus",
+    "7b": "dinov3_vit7b16",
+    "timm": "timm:vit_small_patch16_224.augreg_in21k",
+    "timm_eva": "timm:vit_small_patch16_dinov3_qkvb.lvd1689m",
+}
 
 
-def tiny_classifier(image_size=28, model="dinov2", classes=("no_tree", "tree"), **config):
-    """A classifier on a reference model; its config names an architecture of another size."""
-    backbone = empty_backbone(image_size, model)
-    load_backbone_weights(backbone, published(model), model)
+@contextmanager
+def tiny_architectures():
+    """Within it, `build_backbone` builds the shapes of the reference: width 64, 5 blocks."""
+    shape = {"embed_dim": 64, "depth": 5, "num_heads": 2, "mlp_ratio": 4}
+    create = timm.create_model
+
+    def tiny(name, **options):
+        return create(name, **options | shape | {"init_values": 1.0})
+
+    with mock.patch.object(backbones.timm, "create_model", tiny):
+        yield
+
+
+def empty_backbone(image_size=None, model="dinov2", **options):
+    """A backbone of the reference's shape with random weights."""
+    with tiny_architectures():
+        return build_backbone(TINY[model], image_size, **options).eval()
+
+
+def tiny_classifier(image_size=None, model="dinov2", classes=("no_tree", "tree"), **config):
+    """A classifier on a reference model."""
+    image_size = image_size or 2 * architecture(TINY[model]).patch
     torch.manual_seed(0)
+    backbone = empty_backbone(image_size, model)
+    if model in MODELS:
+        load_backbone_weights(backbone, published(model), model)
     fields = {"bands": (0, 1, 2), **config}
-    config = ClassifierConfig("dinov2_vits14", "random", image_size, classes=classes, **fields)
+    config = ClassifierConfig(TINY[model], "random", image_size, classes=classes, **fields)
     return Classifier(config, backbone).eval()

@@ -32,7 +32,6 @@ LONGEST = 400  # lines
 TOO_LONG = {
     "helpers/reporting/plots.py": "one function a figure, to be shortened",
     "helpers/training/loop.py": "sweep and joint training in one loop, to be shortened",
-    "tests/data/test_load_data.py": "one case after another",
     "tools/results.py": "tables and prose of the README, to be shortened",
 }
 

@@ -34,8 +34,8 @@ from helpers.data.dataset import ChipData
 from helpers.models.adapters import AdapterSettings, add_adapter
 from helpers.records import environment, write_json, written_whole
 from helpers.training.config import RunConfig
-from helpers.training.features import DIHEDRAL_VIEWS
-from helpers.training.methods import new_accelerator, new_classifier, training_setup
+from helpers.training.methods import training_loop
+from helpers.training.setup import new_classifier
 
 # Backbone, weights, pixels, images per step.
 CPU_CASES = (
@@ -70,21 +70,12 @@ def plain_loop(config: RunConfig, data: ChipData) -> Iterator[None]:
 
 
 def project_loop(config: RunConfig, data: ChipData, compiled: bool) -> Iterator[None]:
-    """The same step as `helpers.training.loop` makes it, on decoded and augmented chips."""
-    model, group, examples = training_setup(config, data)
-    accelerator = new_accelerator(config)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
-    model.train()
+    """The steps of `helpers.training.loop` itself, on decoded and augmented chips."""
+    loop = training_loop(config.model_copy(update={"augment": True}), data)
     if compiled:
-        model = torch.compile(model)
+        loop.model = torch.compile(loop.model)
     while True:
-        rows = torch.randint(len(examples.targets), (config.batch_size,))
-        views = torch.randint(DIHEDRAL_VIEWS, rows.shape)
-        chips = examples.take(rows, views).to(accelerator.device, non_blocking=True)
-        targets = examples.targets[rows].to(accelerator.device, non_blocking=True)
-        accelerator.backward(functional.cross_entropy(model(chips).float(), targets))
-        optimizer.step()
-        optimizer.zero_grad()
+        loop.step(*loop.random_batch())
         yield
 
 
@@ -101,13 +92,13 @@ def all_loops(config: RunConfig, data: ChipData) -> dict[tuple, Iterator[None]]:
     """Every loop by (name, precision, compiled), the plain one first."""
     loops = {("plain", "fp32", False): plain_loop(config, data)}
     for precision in ("fp32", "bf16"):
-        own = config.model_copy(update={"precision": precision})
+        run = config.model_copy(update={"precision": precision})
         try:
-            _ = own.mixed_precision
+            run.resolved()
         except InputError:  # the device has no bf16
             continue
         for compiled in (False, True):
-            loops["project", precision, compiled] = project_loop(own, data, compiled)
+            loops["project", precision, compiled] = project_loop(run, data, compiled)
     return loops
 
 

@@ -5,22 +5,29 @@
 
 from accelerate import PartialState
 
+from helpers import InputError
 from helpers.console import run_command
+from helpers.data.dataset import DataConfig
+from helpers.evaluation.baselines import baselines
 from helpers.training.config import RunConfig
-from helpers.training.methods import train
-from helpers.training.runs import save_run, test_table
+from helpers.training.jobs import finished
+from helpers.training.runs import saved_files, test_table
 
 
 def main() -> None:
     """Train from the shell and print the test table."""
     config = RunConfig.from_arguments(main.__doc__)
-    run = train(config, config.data())
+    data = DataConfig.data(config)
+    run, was_read = finished(config, config.share(data))
     if not PartialState().is_main_process:
         return
-    files = save_run(config, run)
-    print(f"\nTest split, {len(run.predictions)} chips, 95 % bootstrap intervals\n")
-    print(test_table(run.record).T.to_string())
-    print("\nwrote " + ", ".join(map(str, files)))
+    entries = baselines(config, data)["test"] | {config.label: run.record["test"]}
+    chips = run.record["chips"]["test"]
+    print(f"\nTest split, {chips} chips, 95 % bootstrap intervals\n")
+    print(test_table(entries).to_string())
+    print(f"\n{'read' if was_read else 'wrote'} " + ", ".join(map(str, saved_files(config))))
+    if run.record["failure"]:
+        raise InputError(f"{config.name}: {run.record['failure']}; lower the learning rate")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import metrics as reference
 
@@ -70,11 +71,42 @@ def test_groups_are_drawn_whole():
         np.testing.assert_array_equal(alone[name], values)
     copied = [np.repeat(part, 9, axis=0) for part in (targets, probabilities)]
     groups = np.repeat(np.arange(60).astype(str), 9)
-    wide = evaluate(*copied, groups=groups).loc["accuracy"]
-    narrow, single = evaluate(*copied).loc["accuracy"], evaluate(targets, probabilities)
-    own = single.loc["accuracy"]
-    assert wide.high - wide.low == pytest.approx(own.high - own.low, rel=0.15)
-    assert narrow.high - narrow.low == pytest.approx((own.high - own.low) / 3, rel=0.15)
+    row = evaluate(*copied, groups=groups).loc["accuracy"]
+    single = evaluate(targets, probabilities).loc["accuracy"]
+    width = single.high - single.low
+    assert row.group_high - row.group_low == pytest.approx(width, rel=0.15)
+    assert row.high - row.low == pytest.approx(width / 3, rel=0.15)
+    pd.testing.assert_frame_equal(
+        evaluate(*copied), evaluate(*copied, groups=groups)[["value", "low", "high", "undefined"]]
+    )
+
+
+def test_draws_of_one_class_are_counted():
+    """Two groups of one class each: half of the draws are of one class."""
+    targets = np.repeat([0, 1], 20)
+    probabilities = np.eye(2)[targets]
+    table = evaluate(targets, probabilities, groups=np.repeat(["a", "b"], 20))
+    assert 900 < table.undefined["auroc"] < 1100 and table.undefined["accuracy"] == 0
+    assert evaluate(targets, probabilities).undefined["auroc"] == 0
+    first, groups = np.full((40, 2), 0.5), np.repeat(["a", "b"], 20)
+    difference = paired_difference(targets, first, probabilities, "auroc", groups=groups)
+    assert difference["undefined"] == table.undefined["auroc"]
+
+
+def test_a_draw_without_one_of_several_classes_is_the_mean_over_the_others():
+    """A class of two images is missing from an eighth of the draws; none is dropped."""
+    targets, probabilities = fake_predictions(n=40, classes=3)
+    targets[targets == 2] = 0
+    targets[:2] = 2
+    draws = bootstrap_metrics(targets, probabilities, resamples=400, seed=3)
+    weights = np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=400)
+    missing = np.flatnonzero(weights[:, :2].sum(axis=1) == 0)
+    assert len(missing) > 20
+    for name in ("auroc", "recall", "average_precision", "f1", "precision"):
+        assert np.isfinite(draws[name]).all()
+    rows = np.repeat(np.arange(40), weights[missing[0]])
+    expected = [reference.roc_auc_score(targets[rows] == c, probabilities[rows, c]) for c in (0, 1)]
+    assert draws["auroc"][missing[0]] == pytest.approx(np.mean(expected))
 
 
 def test_calibration_error_by_hand():
@@ -118,7 +150,7 @@ def test_paired_difference_is_narrower_than_unpaired_and_zero_for_itself():
     targets, first = fake_predictions(n=400, seed=1, decimals=6)
     second = 0.98 * first + 0.01
     same = paired_difference(targets, first, first, "auroc", resamples=50)
-    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "undefined": 0}
     shifted = paired_difference(targets, first, second, "brier", resamples=400)
     own = evaluate(targets, first, resamples=400).loc["brier"]
     assert shifted["low"] <= shifted["value"] <= shifted["high"]

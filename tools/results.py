@@ -17,6 +17,7 @@ import pandas as pd
 from papermill.iorw import read_yaml_file
 
 from helpers.evaluation import comparison
+from helpers.evaluation.baselines import read_baselines
 from helpers.evaluation.robustness import accuracy_by_group, accuracy_intervals
 from helpers.metrics import with_interval
 from helpers.records import ROOT, written_whole
@@ -74,6 +75,11 @@ class Published:
     def runs(self) -> dict[tuple[str, int], Run]:
         """The main runs, by method and seed."""
         return comparison.main_runs(self.all_runs, self.config)
+
+    @cached_property
+    def baselines(self) -> dict[str, dict]:
+        """Test metrics of what a model must beat, by name."""
+        return read_baselines(self.config)["test"]
 
     @cached_property
     def tests(self) -> pd.DataFrame:
@@ -158,7 +164,7 @@ def methods_table(own: Published) -> str:
     """Test accuracy and AUROC of every method, and what it costs."""
     rows = comparison.test_rows(own.runs, ("accuracy", "auroc"))
     summary, costs = comparison.test_summary(rows), comparison.cost_table(own.runs)
-    colour = own.runs["head_only", own.config.seeds[0]].record["test"]["colour statistics"]
+    colour = own.baselines["colour statistics"]
     lines = [
         (
             "colour statistics",
@@ -283,8 +289,7 @@ def questions_table(sets: dict[str, Published]) -> str:
 def answers_for(own: Published) -> dict[str, str]:
     """Question -> answer, as Markdown, from the committed tables of one data set."""
     seed = own.config.seeds[0]
-    head = own.runs["head_only", seed].record["test"]
-    ours, colour = head[own.config.label], head["colour statistics"]
+    ours, colour = own.runs["head_only", seed].record["test"], own.baselines["colour statistics"]
     good = ours["auroc"]["low"] > colour["auroc"]["high"]
     shortcuts = own.table("figures/setup_shortcuts.csv").set_index(["chips", "head"]).auroc
     refitted = shortcuts.xs("refitted", level="head")
@@ -359,7 +364,7 @@ def in_a_word(own: pd.DataFrame) -> str:
 
 def place_answer(own: Published) -> str:
     """How sure LoRA's accuracy is over places, and how far it falls at the worst of the larger."""
-    predictions = own.runs["lora", own.config.seeds[0]].predictions
+    predictions = own.runs["lora", own.config.seeds[0]].test_predictions
     by_chip, by_place = accuracy_intervals(predictions)
     places = accuracy_by_group(predictions)
     large = places[places.chips >= SMALL_PLACE]

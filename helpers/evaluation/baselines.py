@@ -1,22 +1,29 @@
-"""What a model must beat, and how good frozen features are: majority, colour statistics, probes."""
+"""What a model must beat, and how good frozen features are: statistics of chips, probes."""
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import Field, PositiveInt
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from helpers import InputError
+from helpers.config import Places, folder_field
 from helpers.data.dataset import ChipData, ChipDataset, DataConfig
 from helpers.metrics import metric_columns
 from helpers.models.architectures import BACKBONE_HELP
 from helpers.models.classifier import head_columns
-from helpers.training.config import RunConfig
-from helpers.training.features import batches
-from helpers.training.methods import new_classifier, split_features
+from helpers.records import environment, write_json
+from helpers.training.config import RunConfig, TrainingConfig
+from helpers.training.examples import batches
+from helpers.training.runs import metric_entries, predictions_table
+from helpers.training.setup import new_classifier, split_features
 
 
 def majority_probabilities(train_targets: np.ndarray, n: int, n_classes: int) -> np.ndarray:
@@ -39,6 +46,36 @@ def colour_statistics(dataset: ChipDataset) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def acquisition_statistics(dataset: ChipDataset) -> np.ndarray:
+    """How sharp, hazy and bright each chip is, (N, 6), with nothing about what it shows.
+
+    Variance of the Laplacian and mean gradient (sharpness), mean and 10 % quantile of the dark
+    channel (haze: He et al. 2009), mean and deviation of the brightness.
+    """
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    rows = []
+    for chips, _ in batches(dataset, 256):
+        chips = chips.float()
+        grey, dark = chips.mean(dim=1, keepdim=True), chips.amin(dim=1).flatten(1)
+        laplacian = torch.nn.functional.conv2d(grey, kernel).flatten(1)
+        gradient = sum(grey.diff(dim=d).abs().mean(dim=(1, 2, 3)) for d in (2, 3))
+        grey = grey.flatten(1)
+        rows.append(
+            torch.stack(
+                [
+                    laplacian.var(dim=1).log1p(),
+                    gradient,
+                    dark.mean(dim=1),
+                    dark.quantile(0.1, dim=1),
+                    grey.mean(dim=1),
+                    grey.std(dim=1),
+                ],
+                dim=1,
+            )
+        )
+    return torch.cat(rows).numpy()
+
+
 def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Class probabilities of a logistic regression on standardised features.
 
@@ -54,16 +91,67 @@ def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> 
     return probe.fit(train, targets).predict_proba(test)
 
 
-def baselines(data: ChipData, image_size: int) -> dict[str, np.ndarray]:
-    """Test probabilities (M, classes) of what a model must beat, by name."""
-    train, test = (data.dataset(split, image_size) for split in ("train", "test"))
+def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str, Any]:
+    """What a model must beat on a data set: read where it is there, else computed and written.
+
+    Args:
+        config: for `history_path`, `image_size` and the name of the data.
+        data: with all its training chips.
+        report: receives one line.
+
+    Returns:
+        The record in `history_path/baselines_<data>.json`: `test`, with the metrics of `majority
+        class`, `colour statistics` and `acquisition statistics` as in the record of a run, and
+        what they were computed from (`data_fingerprint`, `image_size`).
+    """
+    source = {"data_fingerprint": data.fingerprint, "image_size": config.image_size}
+    try:
+        record = read_baselines(config)
+        if source.items() <= record.items():
+            return record
+    except InputError:
+        pass  # none yet, or damaged
+    report("baselines: class frequencies, colour and acquisition statistics ...")
+    train, test = (data.dataset(split, config.image_size) for split in ("train", "test"))
     targets = train.targets.numpy()
-    return {
+    probabilities = {
         "majority class": majority_probabilities(targets, len(test), len(data.classes)),
         "colour statistics": logistic_probe(
             colour_statistics(train), targets, colour_statistics(test)
         ),
+        "acquisition statistics": logistic_probe(
+            acquisition_statistics(train), targets, acquisition_statistics(test)
+        ),
     }
+    record = {
+        "data": Path(config.data_path).name,
+        **source,
+        "test": {
+            name: metric_entries(predictions_table(data, {"test": values}))
+            for name, values in probabilities.items()
+        },
+        "environment": environment(),
+    }
+    write_json(_baselines_file(config), record)
+    return record
+
+
+def read_baselines(config: TrainingConfig) -> dict[str, Any]:
+    """The record that `baselines` wrote.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = _baselines_file(config)
+    try:
+        record = json.loads(path.read_text())
+        return record | {"test": dict(record["test"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no baselines ({error}); any training writes them") from error
+
+
+def _baselines_file(config: TrainingConfig) -> Path:
+    return Path(config.history_path) / f"baselines_{config.data_name}.json"
 
 
 _TEMPERATURE = 0.07  # of DINO's kNN evaluation (arXiv:2104.14294, eval_knn.py)
@@ -72,17 +160,17 @@ _TEMPERATURE = 0.07  # of DINO's kNN evaluation (arXiv:2104.14294, eval_knn.py)
 _SHOWN = ("auroc", "accuracy")
 
 
-class ProbeConfig(DataConfig):
+class ProbeConfig(Places, DataConfig):
     """The parameters of a probe."""
 
     backbone: str = Field("example", description=BACKBONE_HELP)
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
-    image_size: PositiveInt = Field(98, description="pixels, a multiple of the patch size")
+    image_size: int = Field(98, gt=0, le=4096, description="pixels, a multiple of the patch size")
     neighbours: PositiveInt = Field(20, description="of the kNN probe")
     random_init: bool = Field(False, description="also probe the backbone with random weights")
     seed: int = Field(0, ge=0, description="of random weights")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    cache_path: str = Field("cache", description="folder for frozen features")
+    cache_path: str | None = folder_field("cache_path", "frozen features")
 
     def run(self, **changes) -> RunConfig:
         """The same backbone, data and device as a training run has them."""
@@ -120,7 +208,9 @@ def frozen_features(config: RunConfig, data: ChipData, split: str) -> np.ndarray
 
 
 def probe(config: ProbeConfig, data: ChipData) -> pd.DataFrame:
-    """Probe frozen features and colour statistics on the test split, fitted on the training split.
+    """Probe frozen features and colour statistics, fitted on the training split.
+
+    They are judged on the validation split: nothing is chosen by the test split before training.
 
     Returns:
         Columns features, probe, then value, low and high (95 % bootstrap) of AUROC and accuracy.
@@ -128,24 +218,22 @@ def probe(config: ProbeConfig, data: ChipData) -> pd.DataFrame:
     Raises:
         InputError: as `create_classifier` for a wrong backbone or weights.
     """
-    targets, truth = (
-        data.dataset(split, config.image_size).targets.numpy() for split in ("train", "test")
-    )
+    train, valid = (data.dataset(split, config.image_size) for split in ("train", "valid"))
+    targets, truth = train.targets.numpy(), valid.targets.numpy()
     runs = [config.run()] + [config.run(weights="random")] * config.random_init
     predictions = {}
     for run in runs:
-        train, test = (frozen_features(run, data, split) for split in ("train", "test"))
-        predictions[run.label, "logistic regression"] = logistic_probe(train, targets, test)
-        predictions[run.label, f"{config.neighbours}-NN"] = knn_probe(
-            train, targets, test, config.neighbours
+        features = [frozen_features(run, data, split) for split in ("train", "valid")]
+        predictions[run.label, "logistic regression"] = logistic_probe(
+            features[0], targets, features[1]
         )
-    train, test = (
-        colour_statistics(data.dataset(split, config.image_size)) for split in ("train", "test")
+        predictions[run.label, f"{config.neighbours}-NN"] = knn_probe(
+            features[0], targets, features[1], config.neighbours
+        )
+    predictions["colour statistics", "logistic regression"] = logistic_probe(
+        colour_statistics(train), targets, colour_statistics(valid)
     )
-    predictions["colour statistics", "logistic regression"] = logistic_probe(train, targets, test)
-
-    rows = []
-    for (features, method), probabilities in predictions.items():
-        numbers = metric_columns(truth, probabilities, _SHOWN)
-        rows.append({"features": features, "probe": method} | numbers)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"features": features, "probe": method} | metric_columns(truth, probabilities, _SHOWN)
+        for (features, method), probabilities in predictions.items()
+    )

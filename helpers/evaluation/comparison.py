@@ -2,29 +2,38 @@
 
 import itertools
 import time
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from helpers import InputError
 from helpers.data.dataset import ChipData, DataConfig
+from helpers.evaluation.baselines import baselines
 from helpers.metrics import mcnemar, paired_difference, reliability
 from helpers.models.adapters import METHODS
-from helpers.training.config import RunConfig
-from helpers.training.methods import new_accelerator, train, training_setup
-from helpers.training.runs import Run, read_run, save_run
+from helpers.training.config import ReportConfig, RunConfig, TrainingConfig
+from helpers.training.jobs import check_ready, data_warnings, finished
+from helpers.training.loop import STEP_PARTS
+from helpers.training.methods import training_loop
+from helpers.training.runs import Run, class_probabilities, read_run
 
 
-class CompareConfig(RunConfig):
-    """Parameters of the method comparison; each run is a RunConfig made from them."""
+class CompareConfig(ReportConfig, TrainingConfig):
+    """Parameters of the method comparison; each run is a RunConfig made from them.
 
-    methods: tuple[str, ...] = Field(
+    What is given for epochs, patience, batch size and learning rate is for lora, dora and full;
+    head_only keeps its own, since its epochs cost nothing.
+    """
+
+    methods: tuple[Literal[METHODS], ...] = Field(
         ("head_only", "lora", "dora"), min_length=1, description=f"from {', '.join(METHODS)}"
     )
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="one run per method and seed")
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        (0,), min_length=1, description="one run per method and seed"
+    )
     fractions: tuple[float, ...] = Field(
         (0.25, 0.5), description="further runs of head_only and lora on a share of the training set"
     )
@@ -36,35 +45,21 @@ class CompareConfig(RunConfig):
     full_seeds: int | None = Field(
         None, gt=0, description="how many of the seeds full gets, all by default"
     )
-    epochs: int = Field(12, gt=0, description="of lora, dora and full, at most")
-    patience: int = Field(4, gt=0, description="epochs of lora, dora, full without improvement")
-    batch_size: int = Field(32, gt=0, description="images per step of lora, dora and full")
-    full_learning_rate: float = Field(1e-4, gt=0, description="of full fine-tuning (AdamW)")
-    figures_path: str = Field("figures", description="folder for plots and their tables")
-    show_chips: bool = Field(
-        True, description="draw the chips themselves; False where they may not be published"
-    )
 
-    def run(self, method: str, seed: int, **changes) -> RunConfig:
-        """Parameters of one run.
-
-        A head-only run keeps its own epochs, patience and batch size (its epochs cost nothing)
-        and sweeps learning rates on the head input that all methods share.
+    def run(self, method: str, seed: int, suffix: str = "", **changes) -> RunConfig:
+        """Parameters of one run; its name ends in `suffix`.
 
         Raises:
-            InputError: the method is unknown, or a change is wrong.
+            InputError: a change is wrong.
         """
-        own = set(CompareConfig.model_fields) - set(RunConfig.model_fields)
-        values = self.model_dump(exclude=own) | {"method": method, "seed": seed}
+        values = self.model_dump(include=set(TrainingConfig.model_fields))
+        values |= {"method": method, "seed": seed}
         if method == "head_only":
+            values |= dict.fromkeys(("epochs", "patience", "batch_size", "learning_rate"))
             values["head_inputs"] = (self.head_input,)
-            for name in ("epochs", "patience", "batch_size"):
-                values[name] = RunConfig.model_fields[name].default
-        if method == "full":
-            values["learning_rate"] = self.full_learning_rate
         run = RunConfig.checked(**values | changes)
-        # Names of their own, so that the head-only run of setup_finetune stays as it is.
-        return run.model_copy(update={"run_name": f"compare_{run.name}"})
+        # Another name than that of the head-only run of setup_finetune.
+        return run.model_copy(update={"run_name": f"compare_{run.name}{suffix}"})
 
 
 def planned_runs(config: CompareConfig) -> list[RunConfig]:
@@ -72,45 +67,44 @@ def planned_runs(config: CompareConfig) -> list[RunConfig]:
     plan = [config.run(method, seed) for method, seed in method_seeds(config)]
     first = config.seeds[0]
     for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
-        own = config.run(method, first, train_fraction=fraction)
-        plan.append(own.model_copy(update={"run_name": f"{own.name}_fraction{fraction:g}"}))
+        suffix = f"_fraction{fraction:g}"
+        plan.append(config.run(method, first, suffix, train_fraction=fraction))
     for seed in config.seeds[: config.sweep_seeds]:
         for rank in config.ranks:
-            own = config.run("lora", seed, lora_rank=rank)
-            plan.append(own.model_copy(update={"run_name": f"{own.name}_rank{rank}"}))
+            plan.append(config.run("lora", seed, f"_rank{rank}", lora_rank=rank))
         for targets in config.target_sets:
-            own = config.run("lora", seed, lora_targets=targets)
-            name = f"{own.name}_targets-{'-'.join(targets)}"
-            plan.append(own.model_copy(update={"run_name": name}))
+            suffix = f"_targets-{'-'.join(targets)}"
+            plan.append(config.run("lora", seed, suffix, lora_targets=targets))
     return plan
 
 
 def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     """Train, test and save every run of the comparison; return them by name.
 
-    With `resume`, runs that finished before with the same parameters and data are read.
+    With `resume`, runs that finished before with the same parameters, data and weights are read.
 
     Raises:
-        InputError: as `finetune.train`; runs finished before stay on disk.
+        InputError: as `jobs.finished`, for any run before the first is trained where it can be
+            seen then; runs finished before stay on disk.
     """
     plan = planned_runs(config)
-    whole = DataConfig.data(config)
+    data = DataConfig.data(config)
+    shares = {run.name: run.share(data) if run.train_fraction < 1 else data for run in plan}
+    for run_config in plan:
+        check_ready(run_config, shares[run_config.name])
+    for warning in data_warnings(data):
+        report(warning)
+    baselines(config, data, report)
     runs = {}
-    for number, own in enumerate(plan, start=1):
-        start = time.perf_counter()
-        data = own.share(whole)
-        run = read_run(own) if config.resume else None
-        known = (
-            run is not None
-            and run.classifier is not None
-            and run.record["data_fingerprint"] == data.fingerprint
+    for number, run_config in enumerate(plan, start=1):
+        start, name = time.perf_counter(), run_config.name
+        run, was_read = finished(run_config, shares[name], report=lambda line: None)
+        runs[name] = run
+        took = "finished before" if was_read else f"{time.perf_counter() - start:.0f} s"
+        failure = run.record["failure"] and f"; WARNING: {run.record['failure']}"
+        report(
+            f"[{number}/{len(plan)}] {name}: best epoch {run.record['best_epoch']}, {took}{failure}"
         )
-        if not known:
-            run = train(own, data, report=lambda line: None)
-            save_run(own, run)
-        runs[own.name] = run
-        took = "finished before" if known else f"{time.perf_counter() - start:.0f} s"
-        report(f"[{number}/{len(plan)}] {own.name}: best epoch {run.record['best_epoch']}, {took}")
     return runs
 
 
@@ -120,7 +114,7 @@ def read_runs(config: CompareConfig) -> dict[str, Run]:
     Raises:
         InputError: a run is not there.
     """
-    runs = {own.name: read_run(own) for own in planned_runs(config)}
+    runs = {run_config.name: read_run(run_config) for run_config in planned_runs(config)}
     missing = [name for name, run in runs.items() if run is None]
     if missing:
         raise InputError(
@@ -141,11 +135,6 @@ def main_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, in
     return {pair: runs[config.run(*pair).name] for pair in method_seeds(config)}
 
 
-def own_test(run: Run) -> dict[str, dict[str, float]]:
-    """Test metrics of a run itself, without its baselines."""
-    return run.record["test"][run.record["backbone"]]
-
-
 def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     """What each method trains, keeps, needs and takes; one row a method, medians over seeds.
 
@@ -153,24 +142,25 @@ def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     """
     rows = []
     for method in dict.fromkeys(method for method, _ in runs):
-        own = [run for (name, _), run in runs.items() if name == method]
-        histories = [run.history for run in own]
+        of_method = [run for (name, _), run in runs.items() if name == method]
+        histories = [run.history for run in of_method]
+        best_epochs = [run.record["best_epoch"] for run in of_method]
         to_best = [
-            h.seconds[: run.record["best_epoch"]].sum()
-            for h, run in zip(histories, own, strict=True)
+            history.seconds[:epoch].sum()
+            for history, epoch in zip(histories, best_epochs, strict=True)
         ]
         rows.append(
             {
                 "method": method,
-                "trainable_parameters": own[0].record["parameters"]["trainable"],
-                "bytes_to_keep": own[0].record["bytes_to_keep"],
+                "trainable_parameters": of_method[0].record["parameters"]["trainable"],
+                "bytes_to_keep": of_method[0].record["bytes_to_keep"],
                 "peak_memory_bytes": np.median([h.peak_memory_bytes.max() for h in histories]),
                 "seconds_per_epoch": np.median(np.concatenate([h.seconds for h in histories])),
                 "images_per_second": np.median(
                     np.concatenate([h.images_per_second for h in histories])
                 ),
                 "seconds_to_best": np.median(to_best),
-                "epochs_to_best": np.median([run.record["best_epoch"] for run in own]),
+                "epochs_to_best": np.median(best_epochs),
             }
         )
     return pd.DataFrame(rows).set_index("method")
@@ -182,10 +172,15 @@ def accuracy_against_cost(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFra
     return accuracy.merge(costs.trainable_parameters, left_on="method", right_index=True)
 
 
+def _shown(run: Run, metric: str) -> dict[str, float]:
+    """A test metric's value and interval over images."""
+    return {column: run.record["test"][metric][column] for column in ("value", "low", "high")}
+
+
 def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.DataFrame:
     """Test metrics per method, seed and metric, with intervals over the test images."""
     return pd.DataFrame(
-        {"method": method, "seed": seed, "metric": metric, **own_test(run)[metric]}
+        {"method": method, "seed": seed, "metric": metric, **_shown(run, metric)}
         for (method, seed), run in runs.items()
         for metric in metrics
     )
@@ -194,15 +189,13 @@ def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.
 def test_summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds, spread over seeds and mean interval over images, one row a method."""
 
-    def line(own: pd.DataFrame) -> str:
-        digits = 4 if (own.high - own.low).mean() < 0.01 else 3  # what the interval can carry
-        value, low, high, least, most = (
-            f"{number:.{digits}f}"
-            for number in (*own[["value", "low", "high"]].mean(), own.value.min(), own.value.max())
-        )
-        return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if len(own) > 1 else "")
+    def line(seeds: pd.DataFrame) -> str:
+        digits = 4 if (seeds.high - seeds.low).mean() < 0.01 else 3  # what the interval can carry
+        numbers = (*seeds[["value", "low", "high"]].mean(), seeds.value.min(), seeds.value.max())
+        value, low, high, least, most = (f"{number:.{digits}f}" for number in numbers)
+        return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if len(seeds) > 1 else "")
 
-    cells = {key: line(own) for key, own in rows.groupby(["method", "metric"], sort=False)}
+    cells = {key: line(seeds) for key, seeds in rows.groupby(["method", "metric"], sort=False)}
     return pd.Series(cells).unstack().loc[rows.method.unique(), rows.metric.unique()]
 
 
@@ -212,15 +205,16 @@ def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     Returns:
         `first`, `second`, `seed`; `only_first`, `only_second` and `p_value` of McNemar's exact
         test; `auroc_difference` (second - first) with its paired bootstrap interval `low`, `high`,
-        and, where the data name groups, `group_low`, `group_high` from drawing whole groups.
+        and, where the data name groups, `group_low`, `group_high` from drawing whole groups;
+        `undefined`: draws of one class only, without an AUROC (of groups, where there are some).
     """
     rows = []
     methods = dict.fromkeys(method for method, _ in runs)
     for first, second in itertools.combinations(methods, 2):
         for seed in (seed for method, seed in runs if method == first and (second, seed) in runs):
-            tables = [runs[method, seed].predictions for method in (first, second)]
+            tables = [runs[method, seed].test_predictions for method in (first, second)]
             targets = tables[0].target.to_numpy()
-            probabilities = [t.filter(regex="^p_").to_numpy() for t in tables]
+            probabilities = [class_probabilities(table) for table in tables]
             difference = paired_difference(targets, *probabilities, "auroc")
             row = {"first": first, "second": second, "seed": seed}
             row |= mcnemar(targets, *(t.predicted.to_numpy() for t in tables))
@@ -229,6 +223,7 @@ def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
             if (groups != "").all():
                 drawn = paired_difference(targets, *probabilities, "auroc", groups=groups)
                 row |= {"group_low": drawn["low"], "group_high": drawn["high"]}
+                row["undefined"] = drawn["undefined"]
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -250,8 +245,8 @@ def operating_points(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     """
     tables = []
     for method, run in first_seed(runs).items():
-        scores = run.predictions.filter(regex="^p_").to_numpy()
-        targets = np.eye(scores.shape[1])[run.predictions.target]
+        scores = class_probabilities(run.test_predictions)
+        targets = np.eye(scores.shape[1])[run.test_predictions.target]
         if scores.shape[1] == 2:
             targets, scores = targets[:, 1], scores[:, 1]
         targets, scores = targets.ravel(), scores.ravel()
@@ -266,7 +261,7 @@ def reliability_rows(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     """`metrics.reliability` of the first seed of each method, with `method`."""
     return pd.concat(
         reliability(
-            run.predictions.target.to_numpy(), run.predictions.filter(regex="^p_").to_numpy()
+            run.test_predictions.target.to_numpy(), class_probabilities(run.test_predictions)
         ).assign(method=method)
         for method, run in first_seed(runs).items()
     )
@@ -293,7 +288,7 @@ def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
             "train_fraction": run.record["config"]["train_fraction"],
             "train_chips": run.record["chips"]["train"],
             "trainable_parameters": run.record["parameters"]["trainable"],
-            **own_test(run)[metric],
+            **_shown(run, metric),
         }
         for name, run in runs.items()
     )
@@ -335,34 +330,23 @@ def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFra
     Parts: `data` (take and augment a batch of decoded chips, move it to the device), `forward`,
     `backward` and `optimizer`. The first two steps, which warm up, are left out.
     """
-    model, group, examples = training_setup(config, data)
-    accelerator = new_accelerator(config)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([group], fused=True))
-    model.train()
+    loop = training_loop(config, data)
     rows = []
-    order = torch.randint(len(examples.targets), (steps, config.batch_size))
-    for batch in order:
-        marks = [time.perf_counter()]
+    for _ in range(steps):
+        seconds = dict.fromkeys(STEP_PARTS, 0.0)
+        last = time.perf_counter()
 
-        def mark():
-            if accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())  # noqa: B023
+        def mark(part: str) -> None:
+            nonlocal last
+            loop.synchronize()
+            now = time.perf_counter()
+            seconds[part] += now - last  # noqa: B023
+            last = now
 
-        chips = examples.take(batch, torch.randint(8, batch.shape)).to(accelerator.device)
-        targets = examples.targets[batch].to(accelerator.device)
-        mark()
-        loss = torch.nn.functional.cross_entropy(model(chips), targets)
-        mark()
-        accelerator.backward(loss)
-        mark()
-        optimizer.step()
-        optimizer.zero_grad()
-        mark()
-        rows.append(np.diff(marks))
-    parts = ["data", "forward", "backward", "optimizer"]
-    median = np.median(rows[2:], axis=0)
-    table = pd.DataFrame({"seconds": median, "share": median / median.sum()}, index=parts)
+        loop.step(*loop.random_batch(), mark)
+        rows.append(seconds)
+    median = pd.DataFrame(rows[2:]).median()
+    table = pd.DataFrame({"seconds": median, "share": median / median.sum()})
     return table.rename_axis("part")
 
 

@@ -14,11 +14,13 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from helpers.data.dataset import ChipData, ChipDataset, band_statistics
-from helpers.evaluation.baselines import logistic_probe
-from helpers.metrics import evaluate, metric_columns
+from helpers.data.dataset import ChipData, band_statistics
+from helpers.evaluation.baselines import acquisition_statistics, logistic_probe
+from helpers.metrics import metric_columns
 from helpers.models.classifier import Classifier, head_columns
-from helpers.training.features import batches
+from helpers.training.examples import batches
+from helpers.training.features import evaluated_on
+from helpers.training.runs import metric_entries
 
 _SHOWN = ("accuracy", "auroc")
 
@@ -36,10 +38,10 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
         `group, chips, positives` (share of the last class), `accuracy` with its exact 95 % interval
         (Clopper and Pearson 1934) `low, high`; no rows where the data have no groups.
     """
-    known = predictions.assign(right=predictions.predicted == predictions.target)
+    answered = predictions.assign(right=predictions.predicted == predictions.target)
     last = predictions.columns.str.startswith("p_").sum() - 1
     rows = []
-    for group, chips in known[known.group != ""].groupby("group"):
+    for group, chips in answered[answered.group != ""].groupby("group"):
         interval = binomtest(int(chips.right.sum()), len(chips)).proportion_ci()
         rows.append(
             {
@@ -58,13 +60,11 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
 
 def accuracy_intervals(predictions: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """Accuracy as `value, low, high`, first drawing chips, then drawing whole groups."""
-    targets = predictions.target.to_numpy()
-    probabilities = predictions.filter(regex="^p_").to_numpy()
-    by_chip, by_group = (
-        evaluate(targets, probabilities, groups=groups).loc["accuracy"]
-        for groups in (None, predictions.group.to_numpy())
+    entry = metric_entries(predictions)["accuracy"]
+    return tuple(
+        pd.Series({"value": entry["value"], "low": entry[low], "high": entry[high]})
+        for low, high in (("low", "high"), ("group_low", "group_high"))
     )
-    return by_chip, by_group
 
 
 def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -76,9 +76,9 @@ def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor]
     mean, std = (torch.from_numpy(s)[:, None, None] for s in band_statistics(data, image_size))
 
     def same_statistics(chips: Tensor) -> Tensor:
-        own_mean = chips.mean(dim=(2, 3), keepdim=True)
-        own_std = chips.std(dim=(2, 3), keepdim=True).clamp_min(1e-6)
-        return (chips - own_mean) / own_std * std.to(chips) + mean.to(chips)
+        centred = chips - chips.mean(dim=(2, 3), keepdim=True)
+        scaled = centred / chips.std(dim=(2, 3), keepdim=True).clamp_min(1e-6)
+        return scaled * std.to(chips) + mean.to(chips)
 
     def blurred(chips: Tensor, sigma: float) -> Tensor:
         return gaussian_blur(chips, kernel_size=2 * int(3 * sigma) + 1, sigma=sigma)
@@ -91,36 +91,6 @@ def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor]
         "equal mean and deviation": same_statistics,
         "equal mean and deviation, blurred": lambda c: blurred(same_statistics(c), 2.0),
     }
-
-
-def acquisition_statistics(dataset: ChipDataset) -> np.ndarray:
-    """How sharp, hazy and bright each chip is, (N, 6), with nothing about what it shows.
-
-    Variance of the Laplacian and mean gradient (sharpness), mean and 10 % quantile of the dark
-    channel (haze: He et al. 2009), mean and deviation of the brightness.
-    """
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    rows = []
-    for chips, _ in batches(dataset, 256):
-        chips = chips.float()
-        grey, dark = chips.mean(dim=1, keepdim=True), chips.amin(dim=1).flatten(1)
-        laplacian = torch.nn.functional.conv2d(grey, kernel).flatten(1)
-        gradient = sum(grey.diff(dim=d).abs().mean(dim=(1, 2, 3)) for d in (2, 3))
-        grey = grey.flatten(1)
-        rows.append(
-            torch.stack(
-                [
-                    laplacian.var(dim=1).log1p(),
-                    gradient,
-                    dark.mean(dim=1),
-                    dark.quantile(0.1, dim=1),
-                    grey.mean(dim=1),
-                    grey.std(dim=1),
-                ],
-                dim=1,
-            )
-        )
-    return torch.cat(rows).numpy()
 
 
 def shortcut_check(
@@ -148,15 +118,15 @@ def shortcut_check(
     chosen = np.linspace(0, len(train) - 1, min(train_chips, len(train))).round().astype(int)
     train_part = torch.utils.data.Subset(train, chosen.tolist())
     targets, truth = train.targets[chosen].numpy(), test.targets.numpy()
-    classifier = classifier.to(device).eval()
     predictions = {}
     changes = degradations(data, size)
-    of_train, of_test = (
-        _degraded(classifier, part, changes, device) for part in (train_part, test)
-    )
+    with evaluated_on(classifier, device):
+        of_train, of_test = (
+            _degraded(classifier, part, changes, device) for part in (train_part, test)
+        )
     for name in changes:
-        (train_features, _), (test_features, own) = of_train[name], of_test[name]
-        predictions[name, "as trained"] = own
+        (train_features, _), (test_features, as_trained) = of_train[name], of_test[name]
+        predictions[name, "as trained"] = as_trained
         predictions[name, "refitted"] = logistic_probe(train_features, targets, test_features)
     predictions[ACQUISITION_ALONE, "refitted"] = logistic_probe(
         acquisition_statistics(train), train.targets.numpy(), acquisition_statistics(test)
@@ -180,10 +150,10 @@ def _degraded(
     for chips, _ in batches(dataset, 64):
         chips = chips.to(device).float()
         for name, (features, probabilities) in parts.items():
-            own = classifier.features(changes[name](chips))
-            columns = head_columns(own, classifier.config.head_input)
+            values = classifier.features(changes[name](chips))
+            columns = head_columns(values, classifier.config.head_input)
             probabilities.append(classifier.linear_head(columns).softmax(dim=1).cpu())
-            features.append(head_columns(own, "cls+mean").cpu())
+            features.append(head_columns(values, "cls+mean").cpu())
     return {
         name: (torch.cat(features).numpy(), torch.cat(probabilities).double().numpy())
         for name, (features, probabilities) in parts.items()

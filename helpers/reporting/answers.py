@@ -13,9 +13,10 @@ from helpers.records import environment
 from helpers.training.runs import Run
 
 
-def conclusion(record: dict) -> str:
-    """What a head-only run's test metrics say, as a Markdown paragraph."""
-    (_, majority), (_, colour), (name, own) = record["test"].items()
+def conclusion(record: dict, baselines: dict) -> str:
+    """What a head-only run's test metrics say beside the baselines', as a Markdown paragraph."""
+    name, own = record["backbone"], record["test"]
+    majority, colour = (baselines["test"][n] for n in ("majority class", "colour statistics"))
     ahead = own["auroc"]["low"] > colour["auroc"]["high"]
     behind = own["auroc"]["high"] < colour["auroc"]["low"]
     verdict = (

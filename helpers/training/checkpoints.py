@@ -1,5 +1,6 @@
-"""The state of a training on disk, to go on from after it was killed."""
+"""The state of a training run on disk, from which it goes on after it was killed."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +35,21 @@ class Checkpoint:
         Raises:
             InputError: the file is damaged, or of a run with another identity.
         """
-        if not (self.resume and self.path.is_file()):
+        if not (self.resume and self.path.exists()):
             return None
         try:
+            # torch writes a CRC-32 of every tensor into the archive and does not look at it.
+            with zipfile.ZipFile(self.path) as archive:
+                if archive.testzip():
+                    raise ValueError("its contents are not those that were written")
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            found = state["identity"]
+            found = dict(state["identity"])
         except Exception as error:  # zip and pickle readers each raise their own
-            raise InputError(
-                f"resume: {self.path} is truncated or not a checkpoint of this project; "
-                "delete it, or start anew without resume"
-            ) from error
+            raise self.damaged(error) from error
         wanted = self.identity | {"processes": processes}
         differences = [
             f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}"
-            for key in sorted(found.keys() | wanted.keys())
+            for key in sorted(found.keys() | wanted.keys(), key=str)
             if found.get(key) != wanted.get(key)
         ]
         if differences:
@@ -56,3 +58,10 @@ class Checkpoint:
                 "Use the same configuration, or start anew without resume"
             )
         return state
+
+    def damaged(self, error: Exception) -> InputError:
+        """What to raise where reading the file raised this."""
+        return InputError(
+            f"resume: {self.path} is truncated or not a checkpoint of this project "
+            f"({type(error).__name__}); delete it, or start anew without resume"
+        )

@@ -1,55 +1,81 @@
 """The parameters of a training run."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from helpers import InputError
+from helpers.config import Config, Places, folder_field
 from helpers.data.dataset import ChipData, DataConfig
 from helpers.models.adapters import METHODS
 from helpers.models.architectures import BACKBONE_HELP, backbone_label
 from helpers.models.classifier import HEAD_INPUTS
+from helpers.records import check_plain_name
 
-# Parameters that do not change what a run computes.
+_ADAPTED = {"epochs": 12, "patience": 4, "batch_size": 32, "learning_rate": 1e-3}
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    # Epochs on cached features cost next to nothing; the learning rate is swept.
+    "head_only": {"epochs": 100, "patience": 20, "batch_size": 128},
+    "lora": _ADAPTED,
+    "dora": _ADAPTED,
+    "full": _ADAPTED | {"learning_rate": 1e-4},
+}
+"""What a method decides where a parameter is None; sources in the README's table of defaults."""
+
+# Parameters that do not change what a run computes, or say where its data lie.
 WITHOUT_EFFECT = {
-    "resume",
     "data_path",
-    "cache_path",
     "output_path",
     "history_path",
+    "cache_path",
+    "figures_path",
+    "show_chips",
     "memory_limit_gb",
+    "resume",
+    "overwrite",
+    "save_merged",
+    "tracker",
 }
+_by_method = "; None: the method decides"
 
 
-class RunConfig(DataConfig):
-    """Everything that decides a training run."""
+class TrainingConfig(Places, DataConfig):
+    """What every run of a comparison shares."""
 
     backbone: str = Field("example", description=BACKBONE_HELP)
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
-    image_size: PositiveInt = Field(98, description="pixels, a multiple of the patch size")
-    method: Literal[METHODS] = Field("head_only", description=", ".join(METHODS))
-    head_inputs: tuple[Literal[tuple(HEAD_INPUTS)], ...] = Field(
-        tuple(HEAD_INPUTS), min_length=1, description=f"to sweep, from {', '.join(HEAD_INPUTS)}"
-    )
-    learning_rates: tuple[PositiveFloat, ...] = Field(
-        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1, description="to sweep, of AdamW"
-    )
-    weight_decays: tuple[NonNegativeFloat, ...] = Field(
-        (0.0, 1.0), min_length=1, description="to sweep, of AdamW"
-    )
+    image_size: int = Field(98, gt=0, le=4096, description="pixels, a multiple of the patch size")
     head_input: Literal[tuple(HEAD_INPUTS)] = Field(
         "cls+mean", description=f"of lora, dora, full: one of {', '.join(HEAD_INPUTS)}"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="of lora, dora, full (AdamW)")
-    weight_decay: float = Field(0.0, ge=0, description="of lora, dora, full (AdamW)")
-    lora_rank: int = Field(4, description="r, width of the low-rank update")
+    learning_rates: tuple[PositiveFloat, ...] = Field(
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1, description="of head_only, to sweep (AdamW)"
+    )
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(
+        (0.0, 1.0), min_length=1, description="of head_only, to sweep (AdamW)"
+    )
+    learning_rate: PositiveFloat | None = Field(
+        None, description=f"of lora, dora, full (AdamW){_by_method}"
+    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="of lora, dora, full (AdamW)")
+    lora_rank: int = Field(4, le=4096, description="r, width of the low-rank update")
     lora_alpha: float = Field(8, gt=0, description="the update is scaled by alpha / r")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="on the input of the update")
     lora_targets: tuple[str, ...] = Field(
         ("qkv",), description="adapted layers of every block: qkv, proj, fc1, fc2"
+    )
+    epochs: PositiveInt | None = Field(
+        None, le=10**6, description=f"at most, passes over the training images{_by_method}"
+    )
+    patience: PositiveInt | None = Field(
+        None, description=f"epochs without a lower validation loss before it stops{_by_method}"
+    )
+    batch_size: PositiveInt | None = Field(
+        None, le=2**20, description=f"images per optimizer step{_by_method}"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
@@ -59,36 +85,29 @@ class RunConfig(DataConfig):
     class_weights: Literal["equal", "balanced"] = Field(
         "equal", description="balanced: classes count alike in the loss, however rare"
     )
-    train_fraction: float = Field(
-        1.0, gt=0, le=1, description="share of the training chips of each class to use"
-    )
-    memory_limit_gb: float = Field(
-        4.0, ge=0, description="decoded chips above this many GB are memory-mapped from a file"
-    )
-    resume: bool = Field(False, description="go on from the run's last checkpoint")
-    epochs: PositiveInt = Field(100, description="at most, passes over the training images")
-    patience: PositiveInt = Field(
-        20, description="epochs without a lower validation loss before training stops"
-    )
-    batch_size: PositiveInt = Field(128, description="images per optimizer step")
     augment: bool = Field(False, description="train on the eight flips and rotations")
-    seed: int = Field(0, ge=0, description="of initial weights and the order of images")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    output_path: str = Field("models", description="folder for classifiers")
-    history_path: str = Field("training_history", description="folder for histories and results")
-    cache_path: str = Field("cache", description="folder for frozen features")
-    run_name: str | None = Field(None, description="name of the run's files; made up by default")
+    memory_limit_gb: float = Field(
+        4.0, ge=0, description="chips or features above this many GB are memory-mapped from a file"
+    )
+    resume: bool = Field(False, description="read finished runs, go on from checkpoints")
+    overwrite: bool = Field(
+        False, description="replace a finished run of the same name with other parameters or data"
+    )
+    save_merged: bool | None = Field(
+        None, description="of lora, dora: also one merged file; None: where it is below 500 MB"
+    )
+    tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
+        "none", description="also send every epoch to tensorboard, mlflow or wandb"
+    )
+    history_path: str | None = folder_field("history_path", "histories and records")
+    cache_path: str | None = folder_field("cache_path", "frozen features and decoded chips")
 
     @property
-    def name(self) -> str:
-        """Name of the run's files."""
-        data = Path(self.data_path).stem
-        return self.run_name or f"{self.method}_{data}_{self.backbone}_seed{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the run's classifier, adapter and checkpoint go."""
-        return Path(self.output_path) / self.name
+    def data_name(self) -> str:
+        """Name of the data set in file names and titles."""
+        path = Path(self.data_path)
+        return path.stem if path.suffix.lower() == ".csv" else path.name
 
     @property
     def label(self) -> str:
@@ -98,7 +117,7 @@ class RunConfig(DataConfig):
     @property
     def title(self) -> str:
         """Backbone, weights and data, for the titles of figures."""
-        return f"{self.label} on {Path(self.data_path).stem}"
+        return f"{self.label} on {self.data_name}"
 
     @property
     def torch_device(self) -> str:
@@ -113,6 +132,40 @@ class RunConfig(DataConfig):
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
 
+
+class RunConfig(TrainingConfig):
+    """Everything that decides a training run."""
+
+    method: Literal[METHODS] = Field("head_only", description=", ".join(METHODS))
+    head_inputs: tuple[Literal[tuple(HEAD_INPUTS)], ...] = Field(
+        tuple(HEAD_INPUTS), min_length=1, description=f"of head_only: from {', '.join(HEAD_INPUTS)}"
+    )
+    train_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the training chips of each class to use"
+    )
+    seed: int = Field(0, ge=0, description="of initial weights and the order of images")
+    run_name: str | None = Field(None, description="name of the run's files; made up by default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_method_decides(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Fill in `METHOD_DEFAULTS` where a parameter is None."""
+        method = values.get("method", cls.model_fields["method"].default)
+        defaults = METHOD_DEFAULTS.get(method, {}) if isinstance(method, str) else {}
+        return values | {n: v for n, v in defaults.items() if values.get(n) is None}
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        return self.run_name or (
+            f"{self.method}_{self.data_name}_{self.backbone}_seed{self.seed}".replace(":", "-")
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's classifier, adapter, predictions and checkpoint go."""
+        return Path(self.output_path) / self.name
+
     @property
     def mixed_precision(self) -> str:
         """Accelerate's word for the precision: no, bf16 or fp16.
@@ -120,6 +173,8 @@ class RunConfig(DataConfig):
         Raises:
             InputError: the device cannot compute in the precision asked for.
         """
+        if self.method == "head_only":
+            return "no"
         on_gpu = self.torch_device == "cuda"
         cpu = torch.cpu.get_capabilities()
         amx = cpu.get("amx_bf16", False)
@@ -132,6 +187,24 @@ class RunConfig(DataConfig):
         if self.precision == "bf16" and not has_bf16:
             raise InputError(f"precision: this {self.torch_device} has no bf16; use fp32 or auto")
         return "no" if self.precision == "fp32" else self.precision
+
+    def resolved(self) -> "RunConfig":
+        """The same run with every `auto` replaced by what it means on this machine.
+
+        Raises:
+            InputError: a device, precision or name that cannot be used.
+        """
+        check_plain_name("run_name", self.name)
+        if self.tracker != "none" and find_spec(self.tracker) is None:
+            raise InputError(
+                f"tracker: {self.tracker} is not installed; pip install {self.tracker}, or use none"
+            )
+        precision = self.mixed_precision.replace("no", "fp32")
+        return self.model_copy(update={"device": self.torch_device, "precision": precision})
+
+    def deciding(self) -> dict[str, Any]:
+        """All parameters that decide what the run computes, as JSON has them."""
+        return self.model_dump(mode="json", exclude=WITHOUT_EFFECT | {"run_name"})
 
     def data(self) -> ChipData:
         """Load and check the chips, and keep `train_fraction` of the training split.
@@ -149,10 +222,14 @@ class RunConfig(DataConfig):
         return replace(data, manifest=data.manifest.drop(index=dropped).reset_index(drop=True))
 
 
-class NotebookConfig(RunConfig):
-    """Parameters of the training notebooks."""
+class ReportConfig(Config):
+    """What a notebook offers beside the parameters of its runs."""
 
-    figures_path: str = Field("figures", description="folder for plots and their tables")
+    figures_path: str | None = folder_field("figures_path", "plots and their tables")
     show_chips: bool = Field(
         True, description="draw the chips themselves; False where they may not be published"
     )
+
+
+class NotebookConfig(ReportConfig, RunConfig):
+    """Parameters of setup_finetune.ipynb."""

@@ -5,27 +5,25 @@ normalisation, views), so a stale entry cannot be read by accident.
 """
 
 import hashlib
+import itertools
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
+from helpers import InputError
 from helpers.console import progress_bar
 from helpers.data.dataset import ChipData, ChipDataset
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
-from helpers.records import written_whole
-
-DIHEDRAL_VIEWS = 8
-
-
-_WORKERS_FROM = 2000  # chips; below it, starting decoding processes costs more than it saves
+from helpers.records import written_whole_folder
+from helpers.training.examples import batches, dihedral
 
 
 @dataclass(frozen=True)
@@ -45,41 +43,16 @@ class Features:
     from_cache: bool
 
 
-def dihedral(chips: Tensor, view: int) -> Tensor:
-    """One of the eight flips and rotations of square chips (..., S, S); view 0 is the identity."""
-    rotated = torch.rot90(chips, view % 4, dims=(-2, -1))
-    return rotated.flip(-1) if view >= 4 else rotated
-
-
-def batches(dataset: ChipDataset, batch_size: int) -> DataLoader:
-    """Chips and targets in order, decoded in worker processes when there are many."""
-    workers = min(4, torch.get_num_threads()) if len(dataset) >= _WORKERS_FROM else 0
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
-
-
-def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tensor:
-    """All chips of a split as one tensor (N, bands, S, S), each file decoded once.
-
-    Args:
-        dataset: N chips.
-        memory_limit_bytes: a larger tensor is kept in a file and memory-mapped.
-        path: that file; it is overwritten.
-    """
-    first, _ = dataset[0]
-    shape = (len(dataset), *first.shape)
-    size = len(dataset) * first.numel()
-    if size * first.element_size() > memory_limit_bytes:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        chips = torch.from_file(str(path), shared=True, size=size, dtype=first.dtype).view(shape)
-    else:
-        chips = torch.empty(shape, dtype=first.dtype)
-    done = 0
-    with progress_bar(total=len(dataset), desc="decoding", unit="chip") as bar:
-        for batch, _ in batches(dataset, 256):
-            chips[done : done + len(batch)] = batch
-            done += len(batch)
-            bar.update(len(batch))
-    return chips
+@contextmanager
+def evaluated_on(module: nn.Module, device: str | torch.device) -> Iterator[None]:
+    """Move a module to a device and into evaluation mode; both are undone at the end."""
+    before = next(itertools.chain(module.parameters(), module.buffers())).device
+    was_training = module.training
+    module.to(device).eval()
+    try:
+        yield
+    finally:
+        module.to(before).train(was_training)
 
 
 @torch.inference_mode()
@@ -90,38 +63,59 @@ def extract_features(
     device: str = "cpu",
     batch_size: int = 64,
     views: int = 1,
+    file: Path | None = None,
 ) -> Features:
     """Run the frozen backbone once over a split.
 
     Args:
-        classifier: its head is not used.
+        classifier: its head is not used; it stays where it is.
         dataset: N chips of the classifier's image size.
         device: where the forward pass runs; the result is on the CPU.
         batch_size: chips at a time; it does not change the result beyond rounding.
         views: 1, or 8 for all flips and rotations (`dihedral`).
+        file: a .npy file to keep the result in, memory-mapped; None for memory.
+
+    Raises:
+        InputError: a feature is not finite.
     """
     start = time.perf_counter()
-    classifier = classifier.to(device).eval()
-    width = 5 * classifier.backbone.embed_dim
-    values = torch.empty(views, len(dataset), width)
-    with progress_bar(total=len(dataset), desc="features", unit="chip") as bar:
+    shape = (views, len(dataset), 5 * classifier.backbone.embed_dim)
+    if file:
+        values = torch.from_numpy(np.lib.format.open_memmap(file, "w+", np.float32, shape))
+    else:
+        values = torch.empty(shape)
+    bar = progress_bar(total=len(dataset), desc="features", unit="chip")
+    with bar, evaluated_on(classifier, device):
         done = 0
         for chips, _ in batches(dataset, batch_size):
             chips = chips.to(device, non_blocking=True)
             for view in range(views):
                 features = classifier.features(dihedral(chips, view))
                 values[view, done : done + len(chips)] = features.float().cpu()
+            if not values[:, done : done + len(chips)].isfinite().all():
+                raise InputError(
+                    f"weights: features of chips {done} to {done + len(chips) - 1} are not finite; "
+                    "check the weights of the backbone and the values of these chips"
+                )
             done += len(chips)
             bar.update(len(chips))
     return Features(values, dataset.targets.clone(), time.perf_counter() - start, False)
 
 
 def cached_features(
-    classifier: Classifier, data: ChipData, split: str, *, cache_path: str | Path, **options
+    classifier: Classifier,
+    data: ChipData,
+    split: str,
+    *,
+    cache_path: str | Path,
+    memory_limit_bytes: float = 4e9,
+    **options,
 ) -> Features:
     """`extract_features` of one split, read from cache_path if it holds them already.
 
-    A damaged entry is computed again. Options are those of `extract_features`.
+    An entry is a folder with the values and a JSON that holds their digest; one that is damaged in
+    any way is computed again. Values above `memory_limit_bytes` are memory-mapped. Other options
+    are those of `extract_features`.
     """
     dataset = data.dataset(split, classifier.config.image_size)
     key = {
@@ -134,27 +128,39 @@ def cached_features(
         "views": options.get("views", 1),
     }
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    path = Path(cache_path) / f"features_{name}.safetensors"
-    if path.is_file():
-        try:
-            return _read_features(path)
-        except (SafetensorError, KeyError):
-            path.unlink()
-    features = extract_features(classifier, dataset, **options)
-    with written_whole(path) as part:
-        save_file(
-            {"values": features.values, "targets": features.targets},
-            part,
-            metadata={"seconds": str(features.seconds)},
-        )
-    return features
+    entry = Path(cache_path) / f"features_{name}"
+    shape = (key["views"], len(dataset), 5 * classifier.backbone.embed_dim)
+    mapped = 4 * np.prod(shape) > memory_limit_bytes
+    if (found := _read_entry(entry, shape, dataset.targets, mapped)) is not None:
+        return found
+    if entry.is_file():
+        entry.unlink()
+    with written_whole_folder(entry) as part:
+        file = part / "values.npy"
+        features = extract_features(classifier, dataset, file=file, **options)
+        record = {"seconds": features.seconds, "digest": _digest(file)}
+        (part / "entry.json").write_text(json.dumps(record))
+        # What is computed goes the way of what is read, so that both give the same bits.
+        values = None if mapped else features.values.clone()
+    if values is None:
+        values = torch.from_numpy(np.load(entry / "values.npy", mmap_mode="c"))
+    return Features(values, features.targets, features.seconds, False)
 
 
-def _read_features(path: Path) -> Features:
-    with safe_open(path, framework="pt") as file:
-        return Features(
-            file.get_tensor("values"),
-            file.get_tensor("targets"),
-            float(file.metadata()["seconds"]),
-            from_cache=True,
-        )
+def _read_entry(entry: Path, shape: tuple, targets: Tensor, mapped: bool) -> Features | None:
+    try:
+        record = json.loads((entry / "entry.json").read_text())
+        file = entry / "values.npy"
+        if _digest(file) != record["digest"]:
+            return None
+        values = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
+        if values.shape != shape or values.dtype != np.float32:
+            return None
+        return Features(torch.from_numpy(values), targets.clone(), float(record["seconds"]), True)
+    except (OSError, ValueError, KeyError, TypeError):  # whatever an odd entry can raise
+        return None
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

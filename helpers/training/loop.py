@@ -11,35 +11,25 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_executable_batch_size, gather_object
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
 from helpers import InputError
+from helpers.console import progress_bar
 from helpers.metrics import weighted_metrics
 from helpers.records import peak_memory_bytes, reset_peak_memory
 from helpers.training.checkpoints import Checkpoint
-from helpers.training.features import dihedral
+from helpers.training.examples import ChipExamples, FeatureExamples
+from helpers.training.progress import Progress
 
-HISTORY_COLUMNS = (
-    "epoch",
-    "train_loss",
-    "valid_loss",
-    "train_acc",
-    "valid_acc",
-    "valid_auroc",
-    "learning_rate",
-    "seconds",
-    "images_per_second",
-    "peak_memory_bytes",
-)
+STEP_PARTS = ("data", "forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,8 @@ class FitSettings:
         warmup_fraction: share of all steps with a linearly rising learning rate; a cosine to
             zero follows.
         max_grad_norm: norm that a candidate's gradient is clipped to; None for no clipping.
-        class_weights: weight of each class in the training loss; None for equal weights.
+        class_weights: weight of each class in the training loss; the validation loss is then the
+            mean of the classes' losses. None to count all images alike in both.
         seed: of the order of images and their augmentation.
     """
 
@@ -64,83 +55,6 @@ class FitSettings:
     max_grad_norm: float | None = None
     class_weights: tuple[float, ...] | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class FeatureExamples:
-    """Frozen features as training examples.
-
-    Args:
-        values: (views, N, F) float32; with several views, training draws one per image and epoch.
-        targets: (N,) int64.
-    """
-
-    values: Tensor
-    targets: Tensor
-
-    @property
-    def views(self) -> int:
-        """How many versions of each image there are to draw from."""
-        return len(self.values)
-
-    def take(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Inputs (n, F) of n rows, each in its own view."""
-        return self.values[views, rows]
-
-
-@dataclass(frozen=True)
-class ChipExamples:
-    """Decoded chips as training examples.
-
-    Args:
-        values: (N, bands, S, S) uint8 or float32, in memory or memory-mapped.
-        targets: (N,) int64.
-        views: 8 to draw one of the flips and rotations per image and epoch, else 1.
-    """
-
-    values: Tensor
-    targets: Tensor
-    views: int = 1
-
-    def take(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Chips (n, bands, S, S) of n rows, each flipped and rotated by its own view."""
-        chips = self.values[rows]
-        for view in views.unique().tolist():
-            chosen = views == view
-            chips[chosen] = dihedral(chips[chosen], view)
-        return chips
-
-
-@dataclass
-class Progress:
-    """What a fit knows after `epoch` epochs; the lists have one entry per candidate.
-
-    The learning rate in a history is that of the epoch's last step.
-    """
-
-    histories: list[list[dict]]
-    best_loss: list[float]
-    best_epoch: list[int]
-    best_values: list[list[Tensor]]
-    stopped: list[bool]
-    failures: list[str]
-    epoch: int = 0
-
-    @classmethod
-    def start(cls, groups: list[dict]) -> "Progress":
-        """Before the first epoch."""
-        n = len(groups)
-        values = [[p.detach().clone() for p in group["params"]] for group in groups]
-        return cls([[] for _ in groups], [math.inf] * n, [0] * n, values, [False] * n, [""] * n)
-
-    @property
-    def best(self) -> int:
-        """Index of the candidate with the lowest validation loss."""
-        return int(np.argmin(self.best_loss))
-
-    def history(self, candidate: int) -> pd.DataFrame:
-        """One row per epoch that the candidate trained, HISTORY_COLUMNS."""
-        return pd.DataFrame(self.histories[candidate], columns=HISTORY_COLUMNS)
 
 
 def fit(
@@ -166,6 +80,7 @@ def fit(
         valid: examples that choose the epoch and the candidate.
         settings: see FitSettings.
         accelerator: device, precision and processes; each process trains on its part of a batch.
+            Its trackers receive every epoch of the candidate that leads.
         checkpoint: where to keep the state after every epoch; None for no checkpoints.
         report: receives one line at about ten epochs spread over the fit.
 
@@ -177,61 +92,103 @@ def fit(
             and the batch. A loss that breaks later stops its candidate, which keeps its best
             epoch, and is noted in `Progress.failures`.
     """
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, fused=True))
-    loop = _Loop(model, optimizer, groups, train, valid, settings, accelerator)
-    initial = Progress.start(groups)
+    loop = Loop(model, groups, train, settings, accelerator)
+    initial, random = copy.deepcopy(loop.progress), _random_state()
 
     # Accelerate calls it again with a smaller size when the device runs out of memory.
-    @find_executable_batch_size(
-        starting_batch_size=math.ceil(settings.batch_size / accelerator.num_processes)
-    )
-    def attempt(micro_batch: int) -> Progress:
-        loop.restart(initial, micro_batch, checkpoint)
-        return loop.run(checkpoint, report)
+    @find_executable_batch_size(starting_batch_size=loop.micro_batch)
+    def attempt(micro_batch: int) -> None:
+        loop.micro_batch = micro_batch
+        loop.restart(initial, random, checkpoint)
+        loop.run(valid, checkpoint, report)
 
-    progress = attempt()
+    attempt()
+    progress = loop.progress
     if math.isinf(min(progress.best_loss)):
         raise InputError(f"{progress.failures[0]}; lower the learning rate or check the chips")
     _copy_into(groups, progress.best_values)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast outside of training
+    accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)  # no autocast outside of training
     return progress
 
 
-@dataclass
-class _Loop:
-    """The state of one fit."""
+class Loop:
+    """A model and its optimizer, ready for steps on training examples."""
 
-    model: nn.Module
-    optimizer: AcceleratedOptimizer
-    groups: list[dict]
-    train: FeatureExamples | ChipExamples
-    valid: FeatureExamples | ChipExamples
-    settings: FitSettings
-    accelerator: Accelerator
-    rates: list[float] = field(init=False)
-    weights: Tensor = field(init=False)
-    progress: Progress = field(init=False)
-    micro_batch: int = field(init=False)
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict],
+        train: FeatureExamples | ChipExamples,
+        settings: FitSettings,
+        accelerator: Accelerator,
+    ):
+        """Prepare the model for the accelerator's device; arguments as of `fit`."""
+        self.groups, self.train, self.settings = groups, train, settings
+        self.accelerator = accelerator
+        self.rates = [group["lr"] for group in groups]
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        equal = [1.0] * (int(train.targets.max()) + 1)
+        self.weights = torch.tensor(settings.class_weights or equal)
+        self.micro_batch = math.ceil(settings.batch_size / accelerator.num_processes)
+        self.progress = Progress.start(groups)
+        self._schedule_from(0)
 
-    def __post_init__(self):
-        self.rates = [group["lr"] for group in self.groups]
-        equal = [1.0] * (int(self.train.targets.max()) + 1)
-        self.weights = torch.tensor(self.settings.class_weights or equal)
-
-    def restart(self, initial: Progress, micro_batch: int, checkpoint: Checkpoint | None) -> None:
+    def restart(self, initial: Progress, random: dict, checkpoint: Checkpoint | None) -> None:
         """Go back to the checkpoint, or to the initial values where there is none."""
-        self.micro_batch = micro_batch
         self.progress = copy.deepcopy(initial)
         _copy_into(self.groups, initial.best_values)
         self.optimizer.state.clear()
+        self.optimizer.zero_grad()  # an attempt that ran out of memory left gradients
+        _set_random_state(random)
         state = checkpoint and checkpoint.read(self.accelerator.num_processes)
         if state:
-            self.progress = Progress(**state["progress"])
-            _copy_into(self.groups, state["values"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            _set_random_state(state["random"][self.accelerator.process_index])
+            try:
+                self._restore(state)
+            except Exception as error:  # whatever odd contents can raise
+                raise checkpoint.damaged(error) from error
+        self._schedule_from(self.progress.epoch * self._steps_per_epoch)
 
-    def run(self, checkpoint: Checkpoint | None, report: Callable[[str], None]) -> Progress:
+    def _restore(self, state: dict) -> None:
+        progress = Progress(**state["progress"])
+        lengths = {len(value) for value in vars(progress).values() if isinstance(value, list)}
+        if lengths != {len(self.groups)} or progress.epoch not in range(self.settings.epochs + 1):
+            raise ValueError("progress of another fit")
+        _copy_into(self.groups, state["values"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        _set_random_state(state["random"][self.accelerator.process_index])
+        self.progress = progress
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train.targets) / self.settings.batch_size)
+
+    def _schedule_from(self, step: int) -> None:
+        """Linear rise, then a cosine to zero; `step` counts from 0 over all epochs.
+
+        In closed form, unlike torch's chained schedules, so that going on gives the same bits.
+        """
+        steps = self.settings.epochs * self._steps_per_epoch
+        warmup = max(1, round(self.settings.warmup_fraction * steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            falling = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return 0.5 * (1 + math.cos(math.pi * falling))
+
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["initial_lr"] = rate
+        self.schedule = LambdaLR(self.optimizer, factor, last_epoch=step - 1)
+
+    def run(
+        self,
+        valid: FeatureExamples | ChipExamples,
+        checkpoint: Checkpoint | None,
+        report: Callable[[str], None],
+    ) -> None:
         """Train epoch by epoch until every candidate has stopped."""
         progress, n = self.progress, len(self.train.targets)
         reset_peak_memory()
@@ -242,14 +199,16 @@ class _Loop:
             row["seconds"] = time.perf_counter() - start
             row["images_per_second"] = n / row["seconds"]
             row["peak_memory_bytes"] = peak_memory_bytes(self.accelerator.device)
-            probabilities = predict(self.model, self.valid, self.micro_batch, self.accelerator)
-            row |= _validate(probabilities, self.valid.targets)
-            _record(progress, self.groups, row, self.settings)
+            probabilities = predict(self.model, valid, self.micro_batch, self.accelerator)
+            row |= _validate(probabilities, valid.targets, bool(self.settings.class_weights))
+            progress.record(self.groups, row, self.settings.patience)
+            leader = progress.histories[progress.best][-1]
+            if leader["epoch"] == progress.epoch:
+                self.accelerator.log(leader, step=progress.epoch)
             if checkpoint:
                 self._write(checkpoint)
-            if _is_reported(progress, self.settings):
-                report(_line(progress, self.settings))
-        return progress
+            if progress.is_reported(self.settings.epochs):
+                report(progress.line(self.settings.epochs))
 
     def _train_epoch(self) -> dict:
         """One pass over the training images; return rate, loss and accuracy per candidate.
@@ -265,73 +224,87 @@ class _Loop:
         views = torch.randint(self.train.views, (n,), generator=generator)
         sums = []
         batches = order.split(self.settings.batch_size)
-        first = (self.progress.epoch - 1) * len(batches)
-        for step, rows in enumerate(batches, start=first):
-            rates = self._set_rates(step, len(batches))
-            sums.append(self._step(rows, views))
+        epoch = f"epoch {self.progress.epoch} of {self.settings.epochs}"
+        for rows in progress_bar(batches, desc=epoch, unit="step"):
+            rates = self.schedule.get_last_lr()
+            sums.append(self.step(rows, views[rows]))
         # One reduction for the epoch; asking earlier would make the device wait every batch.
         losses, correct = self.accelerator.reduce(torch.stack(sums)).cpu().unbind(dim=1)
-        _note_failures(self.progress, losses)
+        self.progress.note_failures(losses)
         return {
             "learning_rate": rates,
             "train_loss": (losses.sum(dim=0) / n).tolist(),
             "train_acc": (correct.sum(dim=0) / n).tolist(),
         }
 
-    def _set_rates(self, step: int, steps_per_epoch: int) -> list[float]:
-        """Linear rise, then a cosine to zero; step counts from 0 over all epochs."""
-        steps = self.settings.epochs * steps_per_epoch
-        warmup = max(1, round(self.settings.warmup_fraction * steps))
-        factor = (step + 1) / warmup
-        if step >= warmup:
-            factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-        rates = [factor * rate for rate in self.rates]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        return rates
+    def random_batch(self) -> tuple[Tensor, Tensor]:
+        """Rows and views of a batch for measurements, from torch's global generator."""
+        rows = torch.randint(len(self.train.targets), (self.settings.batch_size,))
+        return rows, torch.randint(self.train.views, rows.shape)
 
-    def _step(self, rows: Tensor, views: Tensor) -> Tensor:
-        """One optimizer step on a batch; return summed losses and hits, (2, candidates)."""
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(
+        self, rows: Tensor, views: Tensor, mark: Callable[[str], None] = lambda part: None
+    ) -> Tensor:
+        """One optimizer step on a batch; the model must be in training mode.
+
+        Args:
+            rows: (n,) of the batch's images, over all processes.
+            views: (n,) the view of each.
+            mark: called after each of `STEP_PARTS`, for who measures.
+
+        Returns:
+            Summed losses and hits of this process's images, (2, candidates).
+        """
         total = self.weights[self.train.targets[rows]].sum().item()
-        parts = rows.tensor_split(self.accelerator.num_processes)
-        own = parts[self.accelerator.process_index]
-        chunks = own.split(self.micro_batch)
+        here = torch.arange(len(rows)).tensor_split(self.accelerator.num_processes)
+        chunks = here[self.accelerator.process_index].split(self.micro_batch)
         sums = torch.zeros(2, len(self.groups), device=self.accelerator.device)
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                sums += self._backward(chunk, views, total)
+                sums += self._backward(rows[chunk], views[chunk], total, mark)
         if self.settings.max_grad_norm:
             for group in self.groups:
                 self.accelerator.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.schedule.step()
+        mark("optimizer")
         return sums
 
-    def _backward(self, chunk: Tensor, views: Tensor, total: float) -> Tensor:
+    def _backward(self, rows: Tensor, views: Tensor, total: float, mark) -> Tensor:
         """Add the gradients of some images of a batch whose weights sum to total."""
         device = self.accelerator.device
-        inputs = self.train.take(chunk, views[chunk]).to(device, non_blocking=True)
-        targets = self.train.targets[chunk]
+        inputs = self.train.take(rows, views).to(device, non_blocking=True)
+        targets = self.train.targets[rows]
         weights, targets = (
             t.to(device, non_blocking=True) for t in (self.weights[targets], targets)
         )
+        mark("data")
         logits = _by_candidate(self.model(inputs))
         losses = _losses(logits, targets)
+        mark("forward")
         # Processes average their gradients, so each scales its sum by their number.
         scale = self.accelerator.num_processes / total
         self.accelerator.backward((losses * weights).sum() * scale)
+        mark("backward")
         hits = logits.detach().argmax(dim=2) == targets
         return torch.stack([losses.detach().sum(dim=1), hits.sum(dim=1)])
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        random = gather_object([_random_state()])
+        random, scaler = gather_object([_random_state()]), self.accelerator.scaler
         if self.accelerator.is_main_process:
             checkpoint.write(
                 {
                     "progress": vars(self.progress),
                     "values": [[p.detach() for p in group["params"]] for group in self.groups],
                     "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
                     "random": random,
                 },
                 self.accelerator.num_processes,
@@ -340,9 +313,9 @@ class _Loop:
 
 def _copy_into(groups: list[dict], values: list[list[Tensor]]) -> None:
     with torch.no_grad():
-        for group, own in zip(groups, values, strict=True):
-            for parameter, value in zip(group["params"], own, strict=True):
-                parameter.copy_(value)
+        for group, of_group in zip(groups, values, strict=True):
+            for parameter, value in zip(group["params"], of_group, strict=True):
+                parameter.copy_(value.view_as(parameter))
 
 
 def _random_state() -> dict:
@@ -369,16 +342,6 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _note_failures(progress: Progress, losses: Tensor) -> None:
-    """Stop candidates with a loss that is not finite; losses (batches, candidates)."""
-    for candidate in (~losses.isfinite()).any(dim=0).nonzero().flatten().tolist():
-        if not progress.stopped[candidate]:
-            batch = int((~losses[:, candidate].isfinite()).nonzero()[0]) + 1
-            progress.failures[candidate] = (
-                f"the training loss is not finite at epoch {progress.epoch}, batch {batch}"
-            )
-
-
 @torch.inference_mode()
 def predict(model: nn.Module, examples, batch_size: int, accelerator: Accelerator) -> Tensor:
     """Class probabilities on the CPU, (candidates, N, classes) float32, the same on every process.
@@ -387,20 +350,22 @@ def predict(model: nn.Module, examples, batch_size: int, accelerator: Accelerato
     """
     model.eval()
     n = len(examples.targets)
-    own = torch.arange(n).tensor_split(accelerator.num_processes)[accelerator.process_index]
+    here = torch.arange(n).tensor_split(accelerator.num_processes)[accelerator.process_index]
     parts = []
-    for chunk in own.split(batch_size):
+    for chunk in here.split(batch_size):
         inputs = examples.take(chunk, torch.zeros_like(chunk)).to(accelerator.device)
         parts.append(_by_candidate(model(inputs)).softmax(dim=2))
     rows = torch.cat(parts, dim=1)
     table = rows.new_zeros(len(rows), n, rows.shape[2])
-    table[:, own] = rows
+    table[:, here] = rows
     return accelerator.reduce(table).cpu()
 
 
-def _validate(probabilities: Tensor, targets: Tensor) -> dict:
-    """Validation loss, accuracy and AUROC per candidate."""
-    log = probabilities.clamp_min(1e-12).log()
+def _validate(probabilities: Tensor, targets: Tensor, balanced: bool) -> dict:
+    """Validation loss, accuracy and AUROC per candidate; balanced: the mean of classes' losses."""
+    weights = 1 / targets.bincount()[targets] if balanced else torch.ones(len(targets))
+    picked = probabilities[:, torch.arange(len(targets)), targets]
+    losses = -picked.clamp_min(1e-12).log() @ (weights / weights.sum())
     rows = [
         weighted_metrics(
             targets.numpy(), candidate.nan_to_num().numpy(), np.ones((1, len(targets)))
@@ -408,47 +373,7 @@ def _validate(probabilities: Tensor, targets: Tensor) -> dict:
         for candidate in probabilities
     ]
     return {
-        "valid_loss": [float(functional.nll_loss(candidate, targets)) for candidate in log],
+        "valid_loss": losses.tolist(),
         "valid_acc": [float(row["accuracy"][0]) for row in rows],
         "valid_auroc": [float(row["auroc"][0]) for row in rows],
     }
-
-
-def _record(progress: Progress, groups: list[dict], row: dict, settings: FitSettings) -> None:
-    """Append the epoch to the history of every candidate that still runs; keep the best values."""
-    for candidate, group in enumerate(groups):
-        if progress.stopped[candidate]:
-            continue
-        own = {k: v[candidate] if isinstance(v, list) else v for k, v in row.items()}
-        progress.histories[candidate].append(own)
-        if own["valid_loss"] < progress.best_loss[candidate] and not progress.failures[candidate]:
-            progress.best_loss[candidate] = own["valid_loss"]
-            progress.best_epoch[candidate] = progress.epoch
-            progress.best_values[candidate] = [p.detach().clone() for p in group["params"]]
-        waited = progress.epoch - progress.best_epoch[candidate]
-        progress.stopped[candidate] = bool(progress.failures[candidate]) or (
-            waited >= settings.patience
-        )
-
-
-def _is_reported(progress: Progress, settings: FitSettings) -> bool:
-    every = max(1, settings.epochs // 10)
-    return progress.epoch == 1 or progress.epoch % every == 0 or all(progress.stopped)
-
-
-def _line(progress: Progress, settings: FitSettings) -> str:
-    """The state of the best candidate in one line."""
-    best, row = progress.best, progress.histories[progress.best][-1]
-    if row["epoch"] < progress.epoch:
-        state = (
-            f"best candidate stopped, valid loss {progress.best_loss[best]:.4f} "
-            f"at epoch {progress.best_epoch[best]}"
-        )
-    else:
-        state = (
-            f"train loss {row['train_loss']:.4f}  valid loss {row['valid_loss']:.4f}  "
-            f"valid accuracy {row['valid_acc']:.3f}  valid AUROC {row['valid_auroc']:.3f}"
-        )
-    running = progress.stopped.count(False)
-    others = f"  {running} of {len(progress.stopped)} running" if len(progress.stopped) > 1 else ""
-    return f"epoch {progress.epoch:3d}/{settings.epochs}  {state}{others}"

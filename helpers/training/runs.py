@@ -1,10 +1,17 @@
 """What a training run leaves behind, and reading it again."""
 
+import copy
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from peft import PeftModel
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
@@ -12,17 +19,20 @@ from torch import Tensor
 from helpers import InputError
 from helpers.data.dataset import ChipData
 from helpers.data.splits import SPLITS
-from helpers.metrics import METRICS, evaluate, with_interval
-from helpers.models.adapters import load_adapter, save_adapter
+from helpers.metrics import METRICS, evaluate, weighted_metrics, with_interval
+from helpers.models.adapters import load_adapter, merge_adapter, save_adapter
 from helpers.models.architectures import weights_licence
+from helpers.models.backbones import create_backbone, weights_digest
 from helpers.models.classifier import Classifier
 from helpers.models.files import load_classifier, save_classifier
 from helpers.records import environment, write_json, written_whole
-from helpers.training.config import WITHOUT_EFFECT, RunConfig
-from helpers.training.loop import Progress
+from helpers.training.config import RunConfig
+from helpers.training.progress import Progress
 
-# The tables of a run, and how the names of their files end.
-_TABLES = {"history": "", "candidates": "_candidates", "predictions": "_predictions"}
+MERGED_LIMIT_BYTES = 500e6
+"""A merged copy of a larger backbone is only kept on demand: its adapter is a thousandth of it."""
+
+_WEIGHTS, _ADAPTER, _PREDICTIONS = "model_final.safetensors", "adapter", "predictions.parquet"
 
 
 @dataclass(frozen=True)
@@ -30,22 +40,70 @@ class Run:
     """A finished training run.
 
     Args:
-        classifier: holds the weights of the best epoch, an adapter merged into them; None for a
-            run read from its records alone.
+        classifier: on the CPU, with the weights of the best epoch, an adapter merged into them;
+            None for a run read from its records alone.
         adapter: the same unmerged, for lora and dora.
-        history: one row per epoch of the chosen candidate (`loop.HISTORY_COLUMNS`).
-        candidates: one row per candidate of the sweep.
-        predictions: one row per test chip: img_path, group, label, target, predicted and the
-            probability of each class, `p_<class>`.
+        history: one row per epoch of the chosen candidate (`progress.HISTORY_COLUMNS`).
+        predictions: one row per validation and test chip: split, img_path, group, label, target,
+            predicted and the probability of each class, `p_<class>` (float32).
         record: what the run's JSON holds.
     """
 
     classifier: Classifier | None
     adapter: PeftModel | None
     history: pd.DataFrame
-    candidates: pd.DataFrame
     predictions: pd.DataFrame
-    record: dict
+    record: dict[str, Any]
+
+    @property
+    def candidates(self) -> pd.DataFrame:
+        """One row per candidate of the sweep."""
+        return pd.DataFrame(self.record["candidates"])
+
+    @property
+    def test_predictions(self) -> pd.DataFrame:
+        """The predictions of the test split, one row a chip in the order of the manifest."""
+        return self.predictions[self.predictions.split == "test"].reset_index(drop=True)
+
+
+def predictions_table(
+    data: ChipData, probabilities: dict[str, Tensor | np.ndarray]
+) -> pd.DataFrame:
+    """`Run.predictions` from the probabilities (n, classes) of each split."""
+    tables = []
+    for split, values in probabilities.items():
+        values = np.asarray(values, dtype=np.float32)
+        rows = data.manifest.loc[
+            data.manifest.split == split, ["split", "img_path", "group", "label", "target"]
+        ]
+        columns = {f"p_{name}": values[:, i] for i, name in enumerate(data.classes)}
+        tables.append(rows.assign(predicted=values.argmax(axis=1), **columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def class_probabilities(predictions: pd.DataFrame) -> np.ndarray:
+    """The columns `p_<class>` as (N, classes)."""
+    return predictions.filter(regex="^p_").to_numpy()
+
+
+def metric_entries(predictions: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """`metrics.evaluate` of predictions, as records hold it: metric -> value, low, high, ..."""
+    table = evaluate(
+        predictions.target.to_numpy(),
+        class_probabilities(predictions),
+        groups=predictions.group.to_numpy(),
+    )
+    return table.round(6).to_dict("index")
+
+
+def metric_values(predictions: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The same without intervals: metric -> value."""
+    values = weighted_metrics(
+        predictions.target.to_numpy(),
+        class_probabilities(predictions),
+        np.ones((1, len(predictions))),
+    )
+    return {name: {"value": round(float(values[name][0]), 6)} for name in METRICS}
 
 
 def finished_run(
@@ -56,113 +114,260 @@ def finished_run(
     progress: Progress,
     candidates: pd.DataFrame,
     parameters: dict[str, int],
-    probabilities: Tensor,
+    probabilities: dict[str, Tensor],
+    digest: str,
 ) -> Run:
-    """Gather what a run leaves behind; test metrics come from probabilities (M, classes)."""
-    test = data.manifest[data.manifest.split == "test"]
-    targets = test.target.to_numpy()
-    from helpers.evaluation.baselines import baselines  # evaluation stands on training
+    """Gather what a run leaves behind.
 
-    rows = baselines(data, config.image_size) | {config.label: probabilities.numpy()}
+    Args:
+        config: resolved.
+        data: that it was trained on.
+        classifier: of the best epoch; it is moved to the CPU.
+        adapter: of lora and dora, on the CPU.
+        progress: at the end of the fit.
+        candidates: the sweep's parameters, one row a candidate; how each ended is added.
+        parameters: counts by name.
+        probabilities: (n, classes) of the splits valid and test.
+        digest: of the backbone's weights before training.
+    """
+    predictions = predictions_table(data, probabilities)
     history = progress.history(progress.best)
+    candidates = candidates.assign(
+        best_epoch=progress.best_epoch,
+        valid_loss=progress.best_loss,
+        valid_auroc=[
+            rows[epoch - 1]["valid_auroc"] if epoch else None
+            for rows, epoch in zip(progress.histories, progress.best_epoch, strict=True)
+        ],
+        failure=progress.failures,
+    )
     record = {
         "run": config.name,
         "backbone": config.label,
-        "licence": weights_licence(config.backbone, config.weights),
         "method": config.method,
         "data": Path(config.data_path).name,
-        "config": config.model_dump(),
+        "config": config.deciding(),
         "classifier": asdict(classifier.config),
         "parameters": parameters,
+        "weights_digest": digest,
+        "licence": weights_licence(config.backbone, config.weights),
         "data_fingerprint": data.fingerprint,
+        "leaks": list(data.leaks),
+        "skipped": data.skipped.to_dict("records"),
         "chips": {split: int((data.manifest.split == split).sum()) for split in SPLITS},
         "best_epoch": progress.best_epoch[progress.best],
         "epochs_trained": len(history),
-        "failure": progress.failures[progress.best],
-        "test": {name: evaluate(targets, p).round(6).to_dict("index") for name, p in rows.items()},
+        "failure": progress.failures[progress.best] or _worse_than_chance(config, data, progress),
+        "candidates": candidates.replace([np.inf, np.nan], None).to_dict("records"),
+        "valid": metric_values(predictions[predictions.split == "valid"]),
+        "test": metric_entries(predictions[predictions.split == "test"]),
         "confusion_matrix": confusion_matrix(
-            targets, probabilities.argmax(dim=1), labels=range(len(data.classes))
+            *predictions.loc[predictions.split == "test", ["target", "predicted"]].to_numpy().T,
+            labels=range(len(data.classes)),
         ).tolist(),
         "environment": environment(),
     }
-    predictions = test[["img_path", "group", "label", "target"]].assign(
-        predicted=probabilities.argmax(dim=1).numpy(),
-        **{f"p_{name}": probabilities[:, i].numpy() for i, name in enumerate(data.classes)},
-    )
-    predictions = predictions.reset_index(drop=True)
-    return Run(classifier, adapter, history, candidates, predictions, record)
+    return Run(classifier.cpu(), adapter, history, predictions, record)
 
 
-def save_run(config: RunConfig, run: Run) -> list[Path]:
-    """Write the classifier, history, sweep, predictions and record; return the files.
+def _worse_than_chance(config: RunConfig, data: ChipData, progress: Progress) -> str:
+    """Why the best epoch is not worth keeping; empty where it is.
 
-    The record gains `bytes_to_keep`: what one more task needs on disk beside the shared backbone,
-    which is the adapter folder, the head's numbers, or a full copy.
+    The bar is the validation loss of always answering with the classes' frequencies in training
+    (with balanced class weights: equal ones).
     """
-    files = [save_classifier(run.classifier, config.folder / "model_final.safetensors", run.record)]
-    if run.adapter:
-        files.append(save_adapter(run.adapter, config.folder / "adapter", run.record))
-        kept = sum(file.stat().st_size for file in files[-1].iterdir())
-    elif config.method == "full":
-        kept = files[-1].stat().st_size
+    train, valid = (
+        data.manifest.target[data.manifest.split == split].value_counts().sort_index()
+        for split in ("train", "valid")
+    )
+    if config.class_weights == "balanced":
+        chance = np.log(len(train))
     else:
-        kept = sum(p.nbytes for p in run.classifier.linear_head.parameters())
-    run.record["bytes_to_keep"] = kept
-    for name, suffix in _TABLES.items():
-        files.append(_record_file(config, f"{suffix}.csv"))
-        with written_whole(files[-1]) as part:
-            # Nine digits hold a 32-bit number exactly: a run that is read is the run that was.
-            getattr(run, name).to_csv(part, index=False, float_format="%.9g")
-    files.append(_record_file(config, ".json"))
-    write_json(files[-1], run.record)
-    return files
+        chance = -(valid * np.log(train / train.sum())).sum() / valid.sum()
+    lowest = progress.best_loss[progress.best]
+    if lowest < chance:
+        return ""
+    return (
+        f"no better than chance: the lowest validation loss, {lowest:.4g}, is not below the "
+        f"{chance:.4g} of always answering with the frequencies of the classes"
+    )
+
+
+def save_run(config: RunConfig, run: Run) -> None:
+    """Write classifier, adapter, predictions, history and, last, the record.
+
+    The record gains `bytes_to_keep`, what one more task needs on disk beside the shared backbone
+    (the adapter folder, the head's numbers, or a full copy), and `files`, the digest of each, by
+    which reading finds out that files are of two runs. The run's checkpoint is deleted.
+    """
+    provenance = {key: value for key, value in run.record.items() if key != "candidates"}
+    weights, files = config.folder / _WEIGHTS, []
+    merged = config.save_merged
+    if merged is None:
+        merged = sum(p.nbytes for p in run.classifier.parameters()) < MERGED_LIMIT_BYTES
+    if merged or run.adapter is None:
+        files.append(save_classifier(run.classifier, weights, provenance))
+    else:
+        weights.unlink(missing_ok=True)
+    if run.adapter:
+        files.append(save_adapter(run.adapter, config.folder / _ADAPTER, provenance))
+        needed = sum(file.stat().st_size for file in files[-1].iterdir())
+    elif config.method == "full":
+        needed = weights.stat().st_size
+    else:
+        needed = sum(p.nbytes for p in run.classifier.linear_head.parameters())
+    files.append(config.folder / _PREDICTIONS)
+    with written_whole(files[-1]) as part:
+        run.predictions.to_parquet(part, index=False)
+    files.append(_record_file(config).with_suffix(".csv"))
+    with written_whole(files[-1]) as part:
+        # Nine digits hold a 32-bit number exactly: a run that is read is the run that was.
+        run.history.to_csv(part, index=False, float_format="%.9g")
+    run.record["bytes_to_keep"] = needed
+    run.record["files"] = {file.name: _digest(file) for file in files}
+    write_json(_record_file(config), run.record)
+    checkpoint_path(config).unlink(missing_ok=True)
+
+
+def saved_files(config: RunConfig) -> list[Path]:
+    """What there is of a run on disk: weights, adapter, predictions, history and record."""
+    files = [config.folder / name for name in (_WEIGHTS, _ADAPTER, _PREDICTIONS)]
+    files += [_record_file(config).with_suffix(".csv"), _record_file(config)]
+    return [file for file in files if file.exists()]
+
+
+def checkpoint_path(config: RunConfig) -> Path:
+    """Where a run keeps its state while it trains."""
+    return config.folder / "checkpoint.pt"
+
+
+def read_record(config: RunConfig) -> dict[str, Any] | None:
+    """The record under a run's name, whatever its parameters; None where there is none.
+
+    Raises:
+        InputError: the file is not a record of this project.
+    """
+    path = _record_file(config)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return record | {"config": dict(record["config"]), "files": dict(record["files"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a record of this project ({error}); remove it, or use another run_name"
+        ) from error
+
+
+def differences(
+    config: RunConfig, record: dict[str, Any], data: ChipData | None = None
+) -> list[str]:
+    """In words, what a record has other than a run with these parameters would have.
+
+    `auto` stands for any value. With data, their fingerprint and the digest of the backbone's
+    weights, which may lie under the same path as others did, are compared too.
+    """
+    wanted = {n: v for n, v in config.deciding().items() if v != "auto"}
+    found = {name: record["config"].get(name) for name in wanted}
+    if data is not None:
+        wanted |= {
+            "data_fingerprint": data.fingerprint,
+            "weights_digest": starting_digest(config, data),
+        }
+        found |= {name: record.get(name) for name in ("data_fingerprint", "weights_digest")}
+    return [
+        f"{name} was {found[name]!r} and is {value!r}"
+        for name, value in wanted.items()
+        if found[name] != value
+    ]
+
+
+def starting_digest(config: RunConfig, data: ChipData) -> str:
+    """Digest of the backbone that a run starts from, as the files of the weights are now."""
+    file = Path(config.weights)
+    return _backbone_digest(
+        config.backbone,
+        config.weights,
+        config.image_size,
+        len(data.bands),
+        config.seed if config.weights == "random" else 0,
+        file.stat().st_mtime_ns if file.is_file() else 0,
+    )
+
+
+@lru_cache(4)  # a comparison asks for every run, and a large backbone takes seconds
+def _backbone_digest(backbone: str, weights: str, image_size: int, bands: int, seed: int, _) -> str:
+    torch.manual_seed(seed)
+    return weights_digest(create_backbone(backbone, weights, image_size, bands))
 
 
 def read_run(config: RunConfig) -> Run | None:
     """A run that `save_run` wrote, or None where none has these parameters.
 
-    Classifier and adapter are None where the files of the weights are not there: records are
-    published more often than weights.
+    Classifier and adapter are None where their files are not there: records are published more
+    often than weights. Predictions come from the run's folder, or else from a file in which a
+    report's were gathered (`gather_predictions`).
 
     Raises:
-        InputError: a file of the weights is damaged, or a table of the record is missing.
+        InputError: a file is damaged, missing or of another run than the record.
     """
-    record_file = _record_file(config, ".json")
-    if not record_file.is_file():
+    record = read_record(config)
+    if record is None or differences(config, record):
         return None
-    record = json.loads(record_file.read_text())
-    parameters = config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    if any(record["config"].get(name) != value for name, value in parameters.items()):
-        return None
-    try:
-        tables = {
-            name: pd.read_csv(
-                _record_file(config, f"{suffix}.csv"),
-                dtype=dict.fromkeys(("img_path", "group", "label"), str),
-                keep_default_na=name != "predictions",
+    history = _record_file(config).with_suffix(".csv")
+    weights, adapter = config.folder / _WEIGHTS, config.folder / _ADAPTER
+    if not history.is_file():
+        raise InputError(f"{history} is missing beside its record; train the run again")
+    predictions = config.folder / _PREDICTIONS
+    for file in (history, weights, adapter, predictions):
+        if file.exists() and _digest(file) != record["files"].get(file.name):
+            raise InputError(
+                f"{file} is not the one that {_record_file(config)} was written with, perhaps "
+                "since a later run was interrupted; train the run again"
             )
-            for name, suffix in _TABLES.items()
-        }
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{error.filename} is missing beside {record_file}; run it again"
-        ) from error
-    weights, adapter = config.folder / "model_final.safetensors", config.folder / "adapter"
-    return Run(
-        classifier=load_classifier(weights)[0] if weights.is_file() else None,
-        adapter=load_adapter(adapter)[0] if adapter.is_dir() else None,
-        record=record,
-        **tables,
+    peft = load_adapter(adapter)[0] if adapter.is_dir() else None
+    classifier = merge_adapter(copy.deepcopy(peft)) if peft else None
+    if weights.is_file():
+        classifier = load_classifier(weights)[0]
+    return Run(classifier, peft, pd.read_csv(history), _read_predictions(config), record)
+
+
+def _read_predictions(config: RunConfig) -> pd.DataFrame:
+    path = config.folder / _PREDICTIONS
+    if path.is_file():
+        return pd.read_parquet(path)
+    for gathered in sorted(Path(config.history_path).glob("*.parquet")):
+        rows = pd.read_parquet(gathered, filters=[("run", "==", config.name)])
+        if len(rows):  # runs of other classes have columns that are empty here
+            return rows.drop(columns="run").dropna(axis=1, how="all")
+    raise InputError(
+        f"{path} is missing, and no .parquet file in {config.history_path} holds its predictions; "
+        "train the run again"
     )
 
 
-def _record_file(config: RunConfig, ending: str) -> Path:
-    return Path(config.history_path) / f"{config.name}{ending}"
+def gather_predictions(runs: Iterable[Run], path: str | Path) -> Path:
+    """Write the predictions of a report's runs into one file, with the column `run`."""
+    with written_whole(path) as part:
+        pd.concat(
+            [run.predictions.assign(run=run.record["run"]) for run in runs], ignore_index=True
+        ).to_parquet(part, index=False)
+    return Path(path)
+
+
+def _record_file(config: RunConfig) -> Path:
+    return Path(config.history_path) / f"{config.name}.json"
+
+
+def _digest(path: Path) -> str:
+    """Short SHA-256 of a file, or of the adapter's weights in its folder."""
+    with open(path / "adapter_model.safetensors" if path.is_dir() else path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The wrong test predictions with the highest probability, `confidence`, highest first."""
-    probabilities = predictions.filter(like="p_")
+    """The wrong predictions with the highest probability, `confidence`, highest first."""
+    probabilities = predictions.filter(regex="^p_")
     wrong = predictions.assign(
         confidence=probabilities.max(axis=1),
         predicted_label=[
@@ -172,20 +377,18 @@ def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
     return wrong.nlargest(count, "confidence")
 
 
-def metric_rows(record: dict, metrics: tuple[str, ...] = METRICS) -> pd.DataFrame:
-    """Test metrics of a run and its baselines: `model`, `metric`, `value`, `low`, `high`."""
+def metric_rows(entries: dict[str, dict], metrics: tuple[str, ...] = METRICS) -> pd.DataFrame:
+    """Test metrics by model name, one row a metric: `model`, `metric`, `value`, `low`, `high`."""
     return pd.DataFrame(
-        {"model": name, "metric": metric, **values[metric]}
-        for name, values in record["test"].items()
+        {"model": name, "metric": metric}
+        | {column: values[metric][column] for column in ("value", "low", "high")}
+        for name, values in entries.items()
         for metric in metrics
     )
 
 
-def test_table(record: dict) -> pd.DataFrame:
-    """Test metrics of a run and its baselines as text, `value [low, high]`, one row a model."""
+def test_table(entries: dict[str, dict]) -> pd.DataFrame:
+    """Test metrics by model name as text, `value [low, high]`, one row a metric."""
     return pd.DataFrame(
-        {
-            name: {m: with_interval(values[m]) for m in METRICS}
-            for name, values in record["test"].items()
-        }
-    ).T
+        {name: {m: with_interval(values[m]) for m in METRICS} for name, values in entries.items()}
+    )

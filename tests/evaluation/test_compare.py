@@ -11,7 +11,7 @@ import torch
 from helpers import InputError
 from helpers.evaluation import comparison
 from helpers.reporting import answers
-from helpers.training import runs
+from helpers.training import jobs, runs
 from tests.fake_data import manifest_folder
 
 SIZE = 28
@@ -72,12 +72,12 @@ def test_bytes_to_keep_are_those_on_disk(config, trained):
 def test_resume_reads_what_is_finished_and_trains_the_rest(config, trained, monkeypatch, tmp_path):
     trained_now = []
 
-    def train(own, data, report):
-        trained_now.append(own.name)
+    def train(run_config, data, report):
+        trained_now.append(run_config.name)
         return trained[config.run("lora", 0).name]
 
-    monkeypatch.setattr(comparison, "train", train)
-    monkeypatch.setattr(comparison, "save_run", lambda own, run: None)
+    monkeypatch.setattr(jobs, "train", train)
+    monkeypatch.setattr(jobs, "save_run", lambda run_config, run: None)
     lines = []
     again = comparison.compare(config.model_copy(update={"resume": True}), report=lines.append)
     assert trained_now == [] and all(line.endswith("finished before") for line in lines)
@@ -89,7 +89,9 @@ def test_resume_reads_what_is_finished_and_trains_the_rest(config, trained, monk
 
 
 def test_records_alone_give_the_same_tables(config, trained, tmp_path):
+    gathered = runs.gather_predictions(trained.values(), f"{config.history_path}/report.parquet")
     read = comparison.read_runs(without_weights(config, tmp_path))
+    gathered.unlink()
     assert all(run.classifier is None and run.adapter is None for run in read.values())
     old, new = (comparison.main_runs(found, config) for found in (trained, read))
     pd.testing.assert_frame_equal(comparison.cost_table(old), comparison.cost_table(new), rtol=1e-8)
@@ -108,13 +110,26 @@ def test_runs_with_other_parameters_are_not_these_runs(config, trained):
         comparison.read_runs(config.model_copy(update={"epochs": 2, "seeds": (0, 7)}))
 
 
-def test_a_record_without_its_table_is_named(config, trained, tmp_path):
-    own = config.run("lora", 0).model_copy(update={"history_path": str(tmp_path)})
-    runs.save_run(own, trained[own.name])
-    missing = tmp_path / f"{own.name}_predictions.csv"
-    missing.unlink()
-    with pytest.raises(InputError, match=rf"{missing} is missing beside"):
-        runs.read_run(own)
+def test_a_record_without_its_predictions_is_named(config, trained, tmp_path):
+    run_config = config.run("lora", 0)
+    nowhere = run_config.model_copy(update={"output_path": str(tmp_path)})
+    with pytest.raises(InputError, match=r"predictions.parquet is missing, and no .parquet file"):
+        runs.read_run(nowhere)
+
+
+def test_files_of_two_runs_are_not_read_as_one(config, trained, tmp_path):
+    """As if a second run was killed after its weights were published over a finished one's."""
+    places = {f"{kind}_path": str(tmp_path / kind) for kind in ("output", "history")}
+    first, second = (config.run("lora", seed) for seed in (0, 1))
+    copies = [c.model_copy(update=places | {"run_name": "same"}) for c in (first, second)]
+    runs.save_run(copies[0], trained[first.name])
+    for name in ("model_final.safetensors", "adapter/adapter_model.safetensors"):
+        whole = (copies[0].folder / name).read_bytes()
+        (copies[0].folder / name).write_bytes((second.folder / name).read_bytes())
+        with pytest.raises(InputError, match=r"is not the one that .*same.json was written with"):
+            runs.read_run(copies[0])
+        (copies[0].folder / name).write_bytes(whole)
+    assert runs.read_run(copies[0]) is not None
 
 
 def test_sweeps_keep_to_their_seeds_and_share_the_common_shape(config, trained):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from scipy.stats import beta
 
-from helpers.evaluation import robustness
+from helpers.evaluation import baselines, robustness
 from helpers.reporting import answers
 from helpers.training.config import RunConfig
-from helpers.training.methods import new_classifier
+from helpers.training.setup import new_classifier
 from tests.fake_data import manifest_folder, split_folders
 
 SIZE = 28
@@ -86,12 +86,12 @@ def test_each_degradation_takes_its_cue_away(data):
 
 def test_acquisition_statistics_see_light_and_sharpness_but_no_place(data):
     dataset = data.dataset("test", SIZE)
-    table = robustness.acquisition_statistics(dataset)
+    table = baselines.acquisition_statistics(dataset)
     assert table.shape == (len(dataset), 6)
     chips = torch.stack([chip for chip, _ in dataset]).float()
     np.testing.assert_allclose(table[:, 4], chips.mean(dim=(1, 2, 3)), rtol=1e-5)
     flipped = [(chip.flip(-1), target) for chip, target in dataset]
-    np.testing.assert_allclose(robustness.acquisition_statistics(flipped), table, rtol=1e-4)
+    np.testing.assert_allclose(baselines.acquisition_statistics(flipped), table, rtol=1e-4)
 
 
 def test_classes_that_differ_in_brightness_are_found_out(config, data):

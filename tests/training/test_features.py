@@ -1,16 +1,21 @@
 """Frozen features: the numbers of a direct forward pass, and a cache that is never stale."""
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import InputError
 from helpers.data.dataset import load_data
 from helpers.evaluation.baselines import colour_statistics, logistic_probe
 from helpers.evaluation.inspection import token_components
 from helpers.training import features
-from helpers.training.features import DIHEDRAL_VIEWS, cached_features, dihedral, extract_features
+from helpers.training.examples import DIHEDRAL_VIEWS, dihedral
+from helpers.training.features import cached_features, extract_features
 from tests.fake_data import split_folders
 from tests.models.parity import tiny_classifier
 
@@ -102,7 +107,8 @@ def test_a_classifier_in_training_mode_gives_the_same(data, classifier):
     expected = extract_features(classifier, dataset).values
     classifier.train()
     torch.testing.assert_close(extract_features(classifier, dataset).values, expected)
-    assert not classifier.training
+    assert classifier.training, "functions leave their arguments as they found them"
+    classifier.eval()
 
 
 # --- Cache ---------------------------------------------------------------------------------------
@@ -162,11 +168,59 @@ def test_a_head_or_a_batch_size_does_not_miss_the_cache(data, classifier, tmp_pa
     assert cached_features(other, data, "valid", cache_path=tmp_path, batch_size=3).from_cache
 
 
-@pytest.mark.parametrize("kept", [0, 4, 1000])
-def test_a_damaged_entry_is_computed_again(kept, data, classifier, tmp_path):
+def flipped(entry):
+    values = entry / "values.npy"
+    content = bytearray(values.read_bytes())
+    content[1000] ^= 1
+    values.write_bytes(content)
+
+
+def as_type(dtype):
+    def change(entry):
+        np.save(entry / "values.npy", np.load(entry / "values.npy").astype(dtype))
+        rewrite_digest(entry)
+
+    return change
+
+
+def rewrite_digest(entry):
+    record = {"seconds": 1.0, "digest": features._digest(entry / "values.npy")}
+    (entry / "entry.json").write_text(json.dumps(record))
+
+
+def fewer_rows(entry):
+    np.save(entry / "values.npy", np.load(entry / "values.npy")[:, :2])
+    rewrite_digest(entry)
+
+
+def a_file(entry):
+    shutil.rmtree(entry)
+    entry.write_text("not a folder")
+
+
+def pickled(entry):
+    np.save(entry / "values.npy", np.array([{}], dtype=object), allow_pickle=True)
+    rewrite_digest(entry)
+
+
+DAMAGES = {
+    "a flipped bit": flipped,
+    "truncated": lambda entry: (entry / "values.npy").write_bytes(b"1234"),
+    "no values": lambda entry: (entry / "values.npy").unlink(),
+    "no record": lambda entry: (entry / "entry.json").unlink(),
+    "an odd record": lambda entry: (entry / "entry.json").write_text("[]"),
+    "half precision": as_type(np.float16),
+    "fewer rows": fewer_rows,
+    "a file": a_file,
+    "a pickle": pickled,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_computed_again(damage, data, classifier, tmp_path):
     first = cached_features(classifier, data, "valid", cache_path=tmp_path)
     (entry,) = tmp_path.iterdir()
-    entry.write_bytes(entry.read_bytes()[:kept])
+    DAMAGES[damage](entry)
     again = cached_features(classifier, data, "valid", cache_path=tmp_path)
     assert not again.from_cache
     assert torch.equal(again.values, first.values)
@@ -178,10 +232,50 @@ def test_an_interrupted_extraction_leaves_no_entry(data, classifier, monkeypatch
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "save_file", interrupted)
+    monkeypatch.setattr(features, "_digest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached_features(classifier, data, "valid", cache_path=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_features_above_the_memory_limit_are_mapped_and_the_same(data, classifier, tmp_path):
+    options = {"cache_path": tmp_path, "views": 8}
+    in_memory = cached_features(classifier, data, "valid", **options)
+    shutil.rmtree(next(tmp_path.iterdir()))
+    for _ in range(2):  # computed, then read
+        mapped = cached_features(classifier, data, "valid", memory_limit_bytes=10, **options)
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+        assert torch.equal(mapped.values, in_memory.values)
+
+
+def test_features_that_are_not_finite_are_one_clear_error(data, tmp_path):
+    classifier = tiny_classifier(28)
+    with torch.no_grad():
+        classifier.backbone.norm.bias[0] = torch.nan
+    with pytest.raises(InputError, match="features of chips 0 to 3 are not finite"):
+        cached_features(classifier, data, "valid", cache_path=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_forward_pass_leaves_the_classifier_where_it_was(data, classifier):
+    moved = []
+
+    class Watched(torch.nn.Module):
+        config, backbone = classifier.config, classifier.backbone
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def to(self, device):
+            moved.append(str(device))
+            return self
+
+        def features(self, chips):
+            return classifier.features(chips)
+
+    extract_features(Watched(), data.dataset("valid", 28), device="cpu")
+    assert moved == ["cpu", "cpu"]
 
 
 # --- Baselines and pictures ----------------------------------------------------------------------

@@ -12,9 +12,9 @@ from helpers.metrics import METRICS
 from helpers.models.files import load_classifier
 from helpers.records import ROOT
 from helpers.reporting import answers
-from helpers.training import methods, runs
+from helpers.training import jobs, methods, runs
 from helpers.training.config import RunConfig
-from helpers.training.loop import HISTORY_COLUMNS
+from helpers.training.progress import HISTORY_COLUMNS
 from tests.fake_data import class_folders, manifest_folder
 
 
@@ -33,14 +33,11 @@ def config_for(folder, **parameters):
         "cache_path": str(folder / "cache"),
         "run_name": "trial",
     }
-    return RunConfig(**defaults | parameters)
+    return RunConfig.checked(**defaults | parameters)
 
 
-def train(config):
-    data = config.data()
-    return methods.train_head_only(
-        config, data, methods.new_classifier(config, data), report=lambda line: None
-    )
+def train(config, report=lambda line: None):
+    return methods.train_head_only(config, config.data(), report)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +46,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     manifest_folder(folder / "data", counts={"train": 20, "valid": 8, "test": 8})
     config = config_for(folder)
-    run = train(config)
-    return config, run, runs.save_run(config, run)
+    run, _ = jobs.finished(config, config.data(), report=lambda line: None)
+    return config, run, runs.saved_files(config)
 
 
 def test_the_record_holds_what_a_reader_needs(finished):
@@ -58,26 +55,32 @@ def test_the_record_holds_what_a_reader_needs(finished):
     record = run.record
     assert record["backbone"] == "ViT-Ti/14, random weights"
     assert record["chips"] == {"train": 40, "valid": 16, "test": 16}
-    assert record["config"]["learning_rates"] == (1e-3, 1e-2)
+    assert record["config"]["learning_rates"] == [1e-3, 1e-2]
     assert record["parameters"]["trainable"] == run.classifier.linear_head.in_features * 2 + 2
     assert record["best_epoch"] <= record["epochs_trained"] <= config.epochs
-    for rows in record["test"].values():
-        assert set(rows) == set(METRICS)
-        for entry in rows.values():
-            assert entry["low"] <= entry["value"] <= entry["high"]
+    assert record["config"]["device"] == "cpu" and record["config"]["precision"] == "fp32"
+    assert set(record["test"]) == set(record["valid"]) == set(METRICS)
+    for entry in record["test"].values():
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert entry["group_low"] <= entry["group_high"]
     assert np.sum(record["confusion_matrix"]) == 16
 
 
 def test_the_files_agree_with_the_run(finished):
-    config, run, files = finished
-    _, history, candidates, predictions, record = files
+    _, run, files = finished
+    weights, predictions, history, record = files
+    assert weights.name == "model_final.safetensors"
     assert tuple(pd.read_csv(history).columns) == HISTORY_COLUMNS
-    assert len(pd.read_csv(candidates)) == 3 * 2 * 1
-    assert json.loads(record.read_text())["test"] == run.record["test"]
-    table = pd.read_csv(predictions)
+    assert len(run.candidates) == 3 * 2 * 1
+    assert json.loads(record.read_text()) == json.loads(json.dumps(run.record))
+    table = pd.read_parquet(predictions)
+    assert table.split.value_counts().to_dict() == {"valid": 16, "test": 16}
+    assert (table.filter(regex="^p_").dtypes == np.float32).all()
     np.testing.assert_allclose(table.filter(regex="^p_").sum(axis=1), 1, atol=1e-5)
-    accuracy = (table.predicted == table.target).mean()
-    assert accuracy == pytest.approx(run.record["test"][config.label]["accuracy"]["value"])
+    for split in ("valid", "test"):
+        rows = table[table.split == split]
+        accuracy = (rows.predicted == rows.target).mean()
+        assert accuracy == pytest.approx(run.record[split]["accuracy"]["value"])
 
 
 def test_the_saved_classifier_gives_the_predictions_of_the_record(finished):
@@ -88,16 +91,14 @@ def test_the_saved_classifier_gives_the_predictions_of_the_record(finished):
     chips = torch.stack([chip for chip, _ in test_set])
     with torch.inference_mode():
         probabilities = classifier(chips).softmax(1)
-    expected = run.predictions.filter(regex="^p_").to_numpy()
+    expected = run.test_predictions.filter(regex="^p_").to_numpy()
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 
 def test_the_second_run_reads_features_and_gives_the_same(finished):
     config, run, _ = finished
     lines = []
-    data = config.data()
-    classifier = methods.new_classifier(config, data)
-    again = methods.train_head_only(config, data, classifier, report=lines.append)
+    again = train(config, lines.append)
     assert lines[0].endswith("read from the cache")
     pd.testing.assert_frame_equal(again.predictions, run.predictions)
     columns = ["train_loss", "valid_loss", "valid_auroc"]
@@ -108,9 +109,7 @@ def test_nothing_is_seen_of_the_test_split_before_the_head_is_chosen(finished, m
     config, _, _ = finished
     order = []
     features, fit_heads = methods.split_features, methods.fit_heads
-    monkeypatch.setattr(
-        methods, "split_features", lambda *a: (order.append(a[-1]), features(*a))[1]
-    )
+    monkeypatch.setattr(methods, "split_features", lambda *a: (order.append(a[3]), features(*a))[1])
     monkeypatch.setattr(
         methods, "fit_heads", lambda *a, **k: (order.append("fit"), fit_heads(*a, **k))[1]
     )
@@ -128,7 +127,7 @@ def test_more_than_two_classes_and_four_float_bands(tmp_path):
     assert run.classifier.config.bands == (3, 0, 1, 2)
     assert len(run.classifier.config.mean) == 4
     assert list(run.predictions.filter(regex="^p_")) == ["p_a", "p_b", "p_c"]
-    assert np.isfinite(run.record["test"][config.label]["auroc"]["value"])
+    assert np.isfinite(run.record["test"]["auroc"]["value"])
 
 
 def test_confident_errors_are_wrong_and_ordered():
@@ -153,19 +152,22 @@ def test_the_conclusion_follows_the_numbers():
 
     record = {
         "data": "set",
+        "backbone": "backbone",
         "chips": {"train": 10, "test": 5},
         "parameters": {"trainable": 386},
+    }
+    baselines = {
         "test": {
             "majority class": entry(0.5, 0.4, 0.6),
             "colour statistics": entry(0.7, 0.65, 0.75),
-            "backbone": entry(0.9, 0.8, 0.95),
-        },
+        }
     }
-    assert "clearly better than colour statistics" in answers.conclusion(record)
-    record["test"]["backbone"] = entry(0.7, 0.6, 0.8)
-    assert "not clearly apart" in answers.conclusion(record)
-    record["test"]["backbone"] = entry(0.5, 0.4, 0.6)
-    assert "worse than colour statistics" in answers.conclusion(record)
+    for numbers, words in (
+        ((0.9, 0.8, 0.95), "clearly better than colour statistics"),
+        ((0.7, 0.6, 0.8), "not clearly apart"),
+        ((0.5, 0.4, 0.6), "worse than colour statistics"),
+    ):
+        assert words in answers.conclusion(record | {"test": entry(*numbers)}, baselines)
 
 
 def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):
@@ -187,13 +189,13 @@ def test_the_command_line_trains_and_prints_the_test_table(finished, tmp_path):
     config, run, _ = finished
     result = command(
         "--data_path", config.data_path, "--output_path", tmp_path / "models",
-        "--history_path", tmp_path, "--cache_path", config.cache_path, "--weights", "random",
+        "--cache_path", config.cache_path, "--weights", "random",
         "--image_size", 28, "--epochs", 15, "--learning_rates", 1e-3, 1e-2, "--weight_decays", 0,
         "--device", "cpu", "--run_name", "trial",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "colour statistics" in result.stdout and "ViT-Ti/14, random weights" in result.stdout
-    written = json.loads((tmp_path / "trial.json").read_text())
+    written = json.loads((tmp_path / "models/training_history/trial.json").read_text())
     assert written["test"] == run.record["test"]
     assert (tmp_path / "models" / "trial" / "model_final.safetensors").is_file()
 

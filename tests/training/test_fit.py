@@ -7,9 +7,11 @@ from torch import nn
 
 from helpers import InputError
 from helpers.training.config import RunConfig
+from helpers.training.examples import FeatureExamples
 from helpers.training.features import Features
-from helpers.training.loop import HISTORY_COLUMNS, FeatureExamples, FitSettings, fit
-from helpers.training.methods import HeadSweep, fit_heads, sweep
+from helpers.training.heads import HeadSweep, fit_heads, sweep
+from helpers.training.loop import FitSettings, fit
+from helpers.training.progress import HISTORY_COLUMNS
 
 WIDTH = 4  # of the fake backbone: features have five times as many columns
 

@@ -20,10 +20,10 @@ from torch import nn
 from helpers import InputError
 from helpers.models.files import load_classifier
 from helpers.records import ROOT
-from helpers.training import methods, runs
+from helpers.training import jobs, setup
 from helpers.training.config import RunConfig
-from helpers.training.features import decoded, dihedral
-from helpers.training.loop import ChipExamples, FitSettings, fit
+from helpers.training.examples import ChipExamples, decoded, dihedral
+from helpers.training.loop import FitSettings, fit
 from tests.fake_data import manifest_folder
 
 NUMBERS = ["epoch", "train_loss", "valid_loss", "train_acc", "valid_acc", "valid_auroc"]
@@ -55,8 +55,7 @@ def config_for(data, folder, **parameters):
 
 
 def run(config):
-    finished = methods.train(config, config.data(), report=lambda line: None)
-    runs.save_run(config, finished)
+    finished, _ = jobs.finished(config, config.data(), report=lambda line: None)
     return finished
 
 
@@ -64,7 +63,7 @@ def run(config):
 def test_every_method_trains_only_what_it_should(chips_folder, tmp_path, method):
     config = config_for(chips_folder, tmp_path, method=method, learning_rate=1e-3, augment=True)
     finished = run(config)
-    before = methods.new_classifier(config, config.data()).state_dict()
+    before = setup.new_classifier(config, config.data()).state_dict()
     after = finished.classifier.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     if method == "full":
@@ -103,7 +102,7 @@ def test_the_saved_classifier_gives_the_recorded_predictions(chips_folder, tmp_p
     with torch.inference_mode():
         for model in (classifier, finished.classifier):
             probabilities = model(chips).softmax(1).numpy()
-            expected = finished.predictions.filter(regex="^p_").to_numpy()
+            expected = finished.test_predictions.filter(regex="^p_").to_numpy()
             np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 

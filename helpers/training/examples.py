@@ -1,0 +1,98 @@
+"""What training takes its batches from: chips or features of a split, and their views."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from helpers.console import progress_bar
+from helpers.data.dataset import ChipDataset
+
+DIHEDRAL_VIEWS = 8
+
+
+_WORKERS_FROM = 2000  # chips; below it, starting decoding processes costs more than it saves
+
+
+def dihedral(chips: Tensor, view: int) -> Tensor:
+    """One of the eight flips and rotations of square chips (..., S, S); view 0 is the identity."""
+    rotated = torch.rot90(chips, view % 4, dims=(-2, -1))
+    return rotated.flip(-1) if view >= 4 else rotated
+
+
+def batches(dataset: ChipDataset, batch_size: int) -> DataLoader:
+    """Chips and targets in order, decoded in worker processes when there are many."""
+    workers = min(4, torch.get_num_threads()) if len(dataset) >= _WORKERS_FROM else 0
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+
+
+def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tensor:
+    """All chips of a split as one tensor (N, bands, S, S), each file decoded once.
+
+    Args:
+        dataset: N chips.
+        memory_limit_bytes: a larger tensor is kept in a file and memory-mapped.
+        path: that file; it is overwritten.
+    """
+    first, _ = dataset[0]
+    shape = (len(dataset), *first.shape)
+    size = len(dataset) * first.numel()
+    if size * first.element_size() > memory_limit_bytes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chips = torch.from_file(str(path), shared=True, size=size, dtype=first.dtype).view(shape)
+    else:
+        chips = torch.empty(shape, dtype=first.dtype)
+    done = 0
+    with progress_bar(total=len(dataset), desc="decoding", unit="chip") as bar:
+        for batch, _ in batches(dataset, 256):
+            chips[done : done + len(batch)] = batch
+            done += len(batch)
+            bar.update(len(batch))
+    return chips
+
+
+@dataclass(frozen=True)
+class FeatureExamples:
+    """Frozen features as training examples.
+
+    Args:
+        values: (views, N, F) float32; with several views, training draws one per image and epoch.
+        targets: (N,) int64.
+    """
+
+    values: Tensor
+    targets: Tensor
+
+    @property
+    def views(self) -> int:
+        """How many versions of each image there are to draw from."""
+        return len(self.values)
+
+    def take(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Inputs (n, F) of n rows, each in its own view."""
+        return self.values[views, rows]
+
+
+@dataclass(frozen=True)
+class ChipExamples:
+    """Decoded chips as training examples.
+
+    Args:
+        values: (N, bands, S, S) uint8 or float32, in memory or memory-mapped.
+        targets: (N,) int64.
+        views: 8 to draw one of the flips and rotations per image and epoch, else 1.
+    """
+
+    values: Tensor
+    targets: Tensor
+    views: int = 1
+
+    def take(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Chips (n, bands, S, S) of n rows, each flipped and rotated by its own view."""
+        chips = self.values[rows]
+        for view in views.unique().tolist():
+            chosen = views == view
+            chips[chosen] = dihedral(chips[chosen], view)
+        return chips

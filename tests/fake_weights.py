@@ -41,6 +41,21 @@ def published_state_dict(width, depth, registers):
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def hub_layout(state):
+    """A state dict of Meta's in the layout of timm's copies on the hub."""
+    if "storage_tokens" not in state:
+        return {key: value for key, value in state.items() if key != "mask_token"}
+    names = {".ls1.gamma": ".gamma_1", ".ls2.gamma": ".gamma_2", "storage_tokens": "reg_token"}
+    left_out = ("qkv.bias", "bias_mask", "periods", "mask_token")
+    copied = {}
+    for key, value in state.items():
+        if not key.endswith(left_out) and not key.startswith("local_cls_norm"):
+            for metas, timms in names.items():
+                key = key.replace(metas, timms)
+            copied[key] = value.contiguous()
+    return copied
+
+
 def hub_cache(root, name, state):
     """Put a state dict where the hub's client keeps timm's model `name`; return the file."""
     folder = Path(root) / f"models--timm--{name}"

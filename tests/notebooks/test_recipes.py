@@ -13,19 +13,22 @@ import torch
 import yaml
 
 from helpers.evaluation.comparison import CompareConfig
-from helpers.models.backbones import ARCHITECTURES, create_backbone
+from helpers.models.architectures import ARCHITECTURES, IMAGENET_MEAN
+from helpers.models.backbones import build_backbone, create_backbone
+from helpers.models.export import count_parameters
 from helpers.records import ROOT
 from helpers.training.config import NotebookConfig, RunConfig
 from helpers.training.methods import train
 from tests.fake_data import class_folders, manifest_rows
-from tests.fake_weights import hub_cache, published_state_dict
+from tests.fake_weights import hub_cache, hub_layout, published_state_dict
+from tests.models.parity import published, tiny_architectures
 
 EUROSAT = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
     "PermanentCrop", "Residential", "River", "SeaLake",
 )  # fmt: skip
 CONFIGS = {"setup_finetune": NotebookConfig, "finetune_lora": CompareConfig}
-SMALL = {"image_size": 28, "epochs": 1, "device": "cpu"}
+SMALL = {"epochs": 1, "device": "cpu"}
 
 
 def recipes():
@@ -61,13 +64,13 @@ def lay_out(parameters):
         class_folders(data_path, per_class=10, suffix=".tif", bands=4, dtype="uint16")
     else:
         rows = manifest_rows(data_path, suffix=".npy")
-        for split, own in rows.groupby("split"):
-            own.to_csv(f"{data_path}/{split}_clean.csv", index=False)
-    state = published_state_dict(width=384, depth=12, registers=0)
+        for split, of_split in rows.groupby("split"):
+            of_split.to_csv(f"{data_path}/{split}_clean.csv", index=False)
+    chosen = ARCHITECTURES[parameters["backbone"]]
+    state = published("dinov3_sat" if chosen.patch == 16 else "dinov2")
     weights = parameters.get("weights", "pretrained")
     if weights == "pretrained":
-        state.pop("mask_token")
-        hub_cache("hub", "vit_small_patch14_dinov2.lvd142m", state)
+        hub_cache("hub", chosen.timm_name, hub_layout(state))
     else:
         torch.save(state, weights)
 
@@ -75,29 +78,35 @@ def lay_out(parameters):
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_runs(name, tmp_path, monkeypatch):
-    """With ViT-S for ViT-L, which would take minutes; ViT-L's file has a test of its own."""
+    """At width 64 and with 5 blocks; files of ViT-S and ViT-L in full have tests of their own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     notebook, parameters = parameters_of(recipes()[name])
     config = CONFIGS[notebook].checked(**parameters)
-    assert config.backbone in ARCHITECTURES and config.image_size % 14 == 0
+    chosen = ARCHITECTURES[config.backbone]
+    assert config.image_size % chosen.patch == 0
     lay_out(parameters)
-    small = {"backbone": "dinov2_vits14"} | SMALL
+    small = SMALL | {"image_size": 2 * chosen.patch}
     if notebook == "finetune_lora":
-        own = config.model_copy(update=small).run("lora", 0)
+        run_config = config.model_copy(update=small).run("lora", 0)
     else:
-        own = RunConfig.checked(**parameters | small)
-    run = train(own, own.data(), report=lambda line: None)
+        run_config = RunConfig.checked(**parameters | small)
+    with tiny_architectures():
+        run = train(run_config, run_config.data(), report=lambda line: None)
     local = parameters.get("weights")
-    name = f"ViT-S/14, weights from {local[2:]}" if local else "DINOv2 ViT-S/14"
+    name = f"{chosen.label}, weights from {local[2:]}" if local else chosen.pretrained_label
     assert run.record["backbone"] == name
-    classes = run.record["classifier"]["classes"]
+    assert run.record["licence"] == chosen.licence
+    classifier = run.record["classifier"]
     expected = {"eurosat": EUROSAT, "./geotiffs": ("no_tree", "tree")}
     if "positive_class" in parameters:
-        assert classes == ("rest", parameters["positive_class"])
+        assert classifier["classes"] == ("rest", parameters["positive_class"])
     else:
-        assert classes == expected.get(parameters["data_path"], ("no_tree", "tree"))
-    assert run.record["classifier"]["bands"] == tuple(parameters.get("bands", (0, 1, 2)))
+        classes = expected.get(parameters["data_path"], ("no_tree", "tree"))
+        assert classifier["classes"] == classes
+    assert classifier["bands"] == tuple(parameters.get("bands", (0, 1, 2)))
+    if parameters["data_path"] == "eurosat":  # 8-bit RGB
+        assert (classifier["mean"], classifier["std"]) == (chosen.mean, chosen.std)
 
 
 def test_there_is_a_recipe_for_every_kind_of_weights_and_data():
@@ -107,6 +116,8 @@ def test_there_is_a_recipe_for_every_kind_of_weights_and_data():
         ("dinov2_vits14", "hub"),
         ("dinov2_vitl14", "hub"),
         ("dinov2_vitl14", "./dinov2_vitl14_pretrain.pth"),
+        ("dinov3_vitl16_sat", "hub"),
+        ("dinov3_vitl16_sat", "./dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth"),
     }
     assert {p["data_path"] for p in found} == {"eurosat", "./data", "./geotiffs"}
 
@@ -116,7 +127,25 @@ def test_a_published_file_of_vit_large_loads(tmp_path):
     state = published_state_dict(width=1024, depth=24, registers=0)
     path = tmp_path / "dinov2_vitl14_pretrain.pth"
     torch.save({key: value.half() for key, value in state.items()}, path)
-    own = create_backbone("dinov2_vitl14", str(path), image_size=28).state_dict()
-    assert len(own) == len(state) - 1  # all but the mask token
+    filled = create_backbone("dinov2_vitl14", str(path), image_size=28).state_dict()
+    assert len(filled) == len(state) - 1  # all but the mask token
     for key in ("blocks.23.mlp.fc2.weight", "blocks.0.attn.qkv.bias", "norm.weight"):
-        assert torch.equal(own[key], state[key].half().float()), key
+        assert torch.equal(filled[key], state[key].half().float()), key
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.endswith("_reg")])
+def test_the_table_of_backbones_is_right(name):
+    chosen = ARCHITECTURES[name]
+    with torch.device("meta"):
+        millions = count_parameters(build_backbone(name))["total"] / 1e6
+    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    row = next(row for row in rows if row[0] == f"| `{name}`")
+    assert row[1:3] == [f"{millions:,.1f}", str(chosen.patch)]
+    statistics = [f"{value / 255:.3f}" for value in (*chosen.mean, *chosen.std)]
+    assert (
+        row[3] == "ImageNet"
+        if chosen.mean == IMAGENET_MEAN
+        else re.split(",? ", row[3]) == statistics
+    )
+    assert all(part in row[4] for part in chosen.licence.split(", "))
+    assert row[5] == f"{chosen.pretraining} |"

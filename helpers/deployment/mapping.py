@@ -1,0 +1,279 @@
+"""From a scene of any size to its map, with any form of a trained classifier."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import rasterio
+
+from helpers import InputError
+from helpers.console import progress_bar
+from helpers.data.cells import NODATA, PROBABILITY_STEP, BlockFiles, write_cells, write_map
+from helpers.data.scenes import (
+    CACHE_BYTES,
+    Block,
+    Grid,
+    Scene,
+    open_raster,
+    open_scene,
+    read_windows,
+)
+from helpers.deployment.scoring import PredictConfig, Scorer, prefetched
+from helpers.evaluation.calibration import UNSURE, AnswerRule
+from helpers.records import environment, write_json
+
+RESOLUTION_TOLERANCE = 0.1  # pixels that differ by more show the ground at another scale
+# What belongs to one map; the record comes last and says that the others are whole.
+_ENDINGS = (".tif", ".tif.aux.xml", ".parquet", ".png", ".json")
+
+Draw = Callable[[Path, tuple[int, ...], Path, Path], None]
+"""Scene, its bands, the map's TIFF -> the picture, which is written to the last path."""
+
+
+def map_scene(
+    scorer: Scorer,
+    rule: AnswerRule,
+    path: Path,
+    output: Path,
+    config: PredictConfig,
+    draw: Draw,
+) -> tuple[dict, list[Path]]:
+    """Say of every cell of a scene what it shows.
+
+    Beside `<output>` appear a Cloud Optimized GeoTIFF of one pixel a cell (class, probabilities,
+    and with an error rate whether the answer is unsure), a GeoParquet table of the cells, a
+    picture and a record. A run that was killed goes on where it was and ends with the same files;
+    one that is finished is read.
+
+    Args:
+        scorer: the classifier.
+        rule: from its logits to answers.
+        path: the scene.
+        output: name of the results without a suffix.
+        config: windows, batches and whether results are replaced.
+        draw: makes the picture.
+
+    Returns:
+        The record and the files.
+
+    Raises:
+        InputError: a scene that cannot be used or has no data, other results under that name, or
+            a process that is just writing them.
+    """
+    scene = open_scene(path)
+    # Of chips an alpha band is a band; a scene may have one that the chips had not.
+    chip_bands = scorer.classifier.chip_bands
+    with_alpha = scene.alpha and chip_bands == scene.bands + 1
+    scorer.check_pixels(str(path), scene.bands + with_alpha, scene.dtype)
+    grid = scene_grid(scorer, scene, config)
+    identity = _identity(scorer, path, grid, config)
+    files = [Path(f"{output}{ending}") for ending in _ENDINGS]
+    if path.resolve() in [file.resolve() for file in files]:
+        raise InputError(f"output: {output} would replace the scene; give another name")
+    store = BlockFiles(output.with_name(f".{output.name}.blocks"), identity)
+    if not config.overwrite and any(file.exists() for file in files):
+        record = _finished(files, identity, rule)
+        if record is not None:
+            store.remove()
+            return record, files
+        if not store.resumable:
+            raise InputError(
+                f"output: {next(f for f in files if f.exists())} is there; give another name, or "
+                "--overwrite"
+            )
+    start = time.perf_counter()
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), store:
+        work = _Work(scorer, rule, scene, grid, store, config)
+        try:
+            predicted = work.predict()
+            work.check_data()
+        except InputError:
+            store.remove()
+            raise
+        classes, counts = scorer.classifier.classes, Counter()
+        tif, _, parquet, png, json_file = files
+        write_map(tif, scene, grid, work.planes(counts), classes, work.bands, store.folder)
+        write_cells(parquet, scene, grid, work.tables())
+        draw(path, scorer.classifier.bands, tif, png)
+        seconds = time.perf_counter() - start
+        record = {
+            "scene": path.name,
+            "model": {"file": scorer.name, "sha256": scorer.digest},
+            "classifier": asdict(scorer.classifier),
+            "config": config.model_dump(exclude={"model_path", "input", "output"}),
+            "cells": {"rows": grid.shape[0], "cols": grid.shape[1], "window": grid.window,
+                      "stride": grid.stride},
+            "rule": asdict(rule),
+            "counts": {
+                "classes": {name: counts[i] for i, name in enumerate(classes)},
+                "unsure": counts["unsure"],
+                "no_data": counts["no_data"],
+            },
+            "predicted_in_this_run": predicted,
+            "seconds_of_this_run": round(seconds, 3),
+            "identity": identity,
+            "environment": environment(),
+        }  # fmt: skip
+        write_json(json_file, record)
+        store.remove()
+    return record, files
+
+
+def scene_grid(scorer: Scorer, scene: Scene, config: PredictConfig) -> Grid:
+    """The windows of a scene: by default the size of a training chip in pixels.
+
+    Raises:
+        InputError: the scene's pixels are larger or smaller on the ground than the training
+            chips', and neither `window` nor `resample` says what to do about it.
+    """
+    window = config.window
+    if window is None:
+        factor = 1.0
+        if scorer.classifier.resolution and scene.metres_per_pixel:
+            factor = scorer.classifier.resolution / scene.metres_per_pixel
+        if abs(factor - 1) > RESOLUTION_TOLERANCE and not config.resample:
+            raise InputError(
+                f"{scene.path}: a pixel of {scene.metres_per_pixel:.3g} m, and one of the training "
+                f"chips was {scorer.classifier.resolution:.3g} m, {factor:.3g} times as much; give "
+                "--resample for windows as large on the ground, or --window"
+            )
+        window = max(1, round(scorer.chip_size * (factor if config.resample else 1)))
+    return Grid(scene.height, scene.width, window, config.stride or window)
+
+
+def _identity(scorer: Scorer, path: Path, grid: Grid, config: PredictConfig) -> dict:
+    """What must be equal for a run to go on with the blocks of another."""
+    facts = path.stat()
+    return {
+        "scene": path.name,
+        "bytes": facts.st_size,
+        "changed_ns": facts.st_mtime_ns,
+        "model": scorer.digest,
+        "grid": asdict(grid),
+        "min_data": config.min_data,
+        "batch_size": config.batch_size,
+    }
+
+
+def _finished(files: list[Path], identity: dict, rule: AnswerRule) -> dict | None:
+    """The record of these very results, if they are whole."""
+    try:
+        record = json.loads(files[-1].read_text())
+        same = record["identity"] == identity and record["rule"] == asdict(rule)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if same and all(file.is_file() for file in files) else None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that the blocks of one scene share."""
+
+    scorer: Scorer
+    rule: AnswerRule
+    scene: Scene
+    grid: Grid
+    store: BlockFiles
+    config: PredictConfig
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """All blocks of the scene."""
+        bands = len(self.scorer.classifier.bands)
+        return self.grid.blocks(bands * np.dtype(self.scene.dtype).itemsize)
+
+    def predict(self) -> int:
+        """Have every block in the store; return how many windows were predicted for that.
+
+        A block is (rows, cols, 1 + classes): the share of data, and logits, NaN where it is small.
+        """
+        missing = [block for block in self.blocks if self.store.load(block) is None]
+        done = sum(block.cells for block in set(self.blocks) - set(missing))
+        total = self.grid.shape[0] * self.grid.shape[1]
+        predicted = 0
+        name = self.scene.path.name
+        with progress_bar(total=total, initial=done, desc=name, unit="cell") as bar:
+            for block, values, cells, chips in prefetched(self._batches(missing)):
+                if len(cells):
+                    values[cells[:, 0], cells[:, 1], 1:] = self.scorer.logits(chips)
+                    predicted += len(cells)
+                    bar.update(len(cells))
+                else:
+                    self.store.save(block, values)
+                    bar.update(int(np.isnan(values[..., 1]).sum()))
+        return predicted
+
+    def _batches(
+        self, blocks: list[Block]
+    ) -> Iterator[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each block: its values to fill in, cells (n, 2) in it, and their chips.
+
+        The last batch of a block is empty. Batches do not depend on what was done before, so that
+        a form whose numbers depend on its batch (quantized as they come) answers as it would have.
+        """
+        classifier = self.scorer.classifier
+        with open_raster(self.scene.path) as raster:
+            for block in blocks:
+                windows = read_windows(raster, self.grid, block, classifier.bands)
+                shape = (block.rows, block.cols, 1 + len(classifier.classes))
+                values = np.full(shape, np.nan, np.float32)
+                values[..., 0] = windows.share
+                cells = np.argwhere(windows.share >= self.config.min_data)
+                for start in range(0, len(cells), self.config.batch_size):
+                    batch = cells[start : start + self.config.batch_size]
+                    yield block, values, batch, self.scorer.fitted(windows.chips(batch))
+                yield block, values, cells[:0], np.empty(0)
+
+    def check_data(self) -> None:
+        """Raise InputError for a scene of which nothing can be said."""
+        if not any(np.isfinite(self.store.load(block)[..., 1]).any() for block in self.blocks):
+            raise InputError(
+                f"{self.scene.path}: no cell has data on {self.config.min_data:.0%} of its ground; "
+                "give a scene with data, or a smaller --min_data"
+            )
+
+    def answers(self) -> Iterator[tuple[Block, np.ndarray, np.ndarray, tuple]]:
+        """Each block, the share of data of its cells, which have an answer, and their answers."""
+        for block in self.blocks:
+            values = self.store.load(block).reshape(block.cells, -1)
+            there = np.isfinite(values[:, 1])
+            yield block, values[:, 0], there, self.rule(values[there, 1:])
+
+    @property
+    def bands(self) -> list[str]:
+        """Names of the map's bands."""
+        probabilities = [f"p_{name}" for name in self.scorer.classifier.classes]
+        return ["class", *probabilities, *["unsure"] * (self.config.error_rate is not None)]
+
+    def planes(self, counts: Counter) -> Iterator[tuple[Block, np.ndarray]]:
+        """The map's bands of each block; counts classes by number, `unsure` and `no_data`."""
+        for block, _, there, (probabilities, classes, unsure) in self.answers():
+            planes = np.full((len(self.bands), block.cells), NODATA, np.uint8)
+            scaled = np.rint(probabilities.T / PROBABILITY_STEP)
+            said = [classes, *scaled, unsure][: len(planes)]
+            planes[:, there] = np.stack(said)
+            counts.update(classes.tolist())
+            counts.update({"unsure": int(unsure.sum()), "no_data": int((~there).sum())})
+            yield block, planes.reshape(-1, block.rows, block.cols)
+
+    def tables(self) -> Iterator[tuple[Block, pd.DataFrame]]:
+        """The cells of each block, row by row; those without data have no answer."""
+        names = np.array(self.scorer.classifier.classes, dtype=object)
+        for block, share, there, (probabilities, classes, unsure) in self.answers():
+            row, col = (i.ravel() for i in np.indices((block.rows, block.cols), np.int32))
+            said = pd.DataFrame(
+                {
+                    "class": names[classes],
+                    **{f"p_{name}": probabilities[:, i] for i, name in enumerate(names)},
+                    "answer": np.where(unsure, UNSURE, names[classes]),
+                },
+                index=np.flatnonzero(there),
+            ).astype({"class": "string", "answer": "string"})
+            place = pd.DataFrame({"row": row + block.row, "col": col + block.col})
+            yield block, place.join(said).assign(data_share=share)

@@ -1,0 +1,255 @@
+"""Faults in what shall be classified or mapped, in the model, and in where results go."""
+
+from functools import cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import torch
+from affine import Affine
+
+from helpers.models.classifier import ClassifierConfig, create_classifier
+from helpers.models.files import save_classifier
+from tests.fake_data import class_folders, make_chip, write_chip, write_scene
+from tests.faults.fault import Fault
+
+NORTH_UP = Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000)
+
+
+@cache
+def model_bytes():
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        "example", "random", 28, (0, 1, 2), ("no_tree", "tree"),
+        chip_size=28, chip_bands=3, chip_dtype="uint8", resolution=0.5,
+    )  # fmt: skip
+    path = Path(mkdtemp()) / "model.safetensors"
+    provenance = {"run": "fake", "backbone": "example", "config": {}}
+    return save_classifier(create_classifier(config), path, provenance).read_bytes()
+
+
+def model(folder):
+    (folder / "model.safetensors").write_bytes(model_bytes())
+
+
+def chips(folder, break_one=None, **options):
+    model(folder)
+    class_folders(folder / "chips", per_class=2, **options)
+    if break_one is not None:
+        (folder / "chips" / "tree" / "000.png").write_bytes(break_one)
+
+
+def scene(folder, values=None, size=90, cut=None, **options):
+    model(folder)
+    values = make_chip(size=size) if values is None else values
+    path = write_scene(folder / "scene.tif", values, **options)
+    if cut:
+        path.write_bytes(path.read_bytes()[:cut])
+
+
+def scene_and(folder, name):
+    scene(folder)
+    (folder / name).write_text("mine")
+
+
+def vrt_without_source(folder):
+    from rasterio.shutil import copy
+
+    scene(folder)
+    copy(folder / "scene.tif", folder / "scene.vrt", driver="VRT")
+    (folder / "scene.tif").unlink()
+
+
+def scenes_and_chips(folder):
+    scene(folder)
+    write_scene(folder / "several" / "large.tif", make_chip(size=90))
+    write_chip(folder / "several" / "small.png", make_chip())
+
+
+def scenes_of_one_name(folder):
+    scene(folder)
+    for suffix in (".tif", ".tiff"):
+        write_scene(folder / "several" / f"a{suffix}", make_chip(size=90))
+
+
+def text(name, content):
+    def make(folder):
+        chips(folder)
+        (folder / name).write_text(content)
+
+    return make
+
+
+def empty_file(folder):
+    model(folder)
+    (folder / "scene.tif").touch()
+
+
+CHIPS = "predict --model_path model.safetensors --input chips --output out"
+SCENE = "predict --model_path model.safetensors --input scene.tif --output map"
+GAPS = np.zeros((3, 90, 90), np.uint8)
+
+ROWS = [
+    Fault("predict without parameters", None, "predict", ("model_path", "input", "output")),
+    Fault("model not there", None, CHIPS, ("model.safetensors",)),
+    Fault(
+        "model is no model", text("model.safetensors", "no model"), CHIPS, ("model.safetensors",)
+    ),
+    Fault(
+        "variant's JSON is another",
+        text("v.json", '{"name": "x"}'),
+        CHIPS.replace("model.safetensors", "v.json"),
+        ("v.json", "variant"),
+    ),
+    Fault("input not there", model, CHIPS, ("input: chips names no image",)),
+    Fault("glob without a match", model, CHIPS.replace("chips", "'*.png'"), ("names no image",)),
+    Fault(
+        "CSV without img_path",
+        text("list.csv", "path\na.png\n"),
+        CHIPS.replace("chips", "list.csv"),
+        ("list.csv", "img_path"),
+    ),
+    Fault(
+        "CSV without rows",
+        text("list.csv", "img_path\n"),
+        CHIPS.replace("chips", "list.csv"),
+        ("list.csv", "row"),
+    ),
+    Fault("chips of another band count", partial(chips, bands=4), CHIPS, ("4 bands", "of 3")),
+    Fault(
+        "chips of another type",
+        partial(chips, suffix=".npy", dtype="uint16"),
+        CHIPS,
+        ("uint16", "trained on uint8"),
+    ),
+    Fault("one damaged chip is listed", partial(chips, break_one=b""), CHIPS, ("skipped",), code=0),
+    Fault(
+        "one damaged chip stops where asked",
+        partial(chips, break_one=b"PNG"),
+        f"{CHIPS} --on_unreadable error",
+        ("000.png", "damaged"),
+    ),
+    Fault(
+        "no chip can be read",
+        partial(chips, break_one=b"PNG"),
+        CHIPS.replace("chips", "chips/tree/000.png"),
+        ("none of 1 chips can be read",),
+    ),
+    Fault("predictions are there", text("out.csv", "mine"), CHIPS, ("out.csv is there",)),
+    Fault("predictions below a file", text("taken", ""), f"{CHIPS[:-3]}taken/out", ("taken",)),
+    Fault("unknown threshold", chips, f"{CHIPS} --threshold best", ("threshold: ", "'best'")),
+    Fault("threshold of one", chips, f"{CHIPS} --threshold 1.0", ("threshold: ",)),
+    Fault(
+        "threshold without validation",
+        chips,
+        f"{CHIPS} --threshold recall=0.9",
+        ("threshold: ", "predictions.parquet"),
+    ),
+    Fault(
+        "error rate without validation",
+        chips,
+        f"{CHIPS} --error_rate 0.05",
+        ("error_rate: ", "predictions.parquet"),
+    ),
+    Fault("error rate of one", chips, f"{CHIPS} --error_rate 1", ("error_rate: ",)),
+    Fault(
+        "damaged validation predictions",
+        text("predictions.parquet", "no table"),
+        CHIPS,
+        ("predictions.parquet",),
+    ),
+    Fault("scene of no bytes", empty_file, f"{SCENE} --kind scene", ("scene.tif", "empty file")),
+    Fault("scene without coordinates", partial(scene, crs=None), SCENE, ("coordinate system",)),
+    Fault(
+        "rotated scene",
+        partial(scene, transform=NORTH_UP @ Affine.rotation(20)),
+        SCENE,
+        ("rotated", "gdalwarp"),
+    ),
+    Fault(
+        "south-up scene",
+        partial(scene, transform=Affine(0.5, 0, 500_000, 0, 0.5, 4_000_000)),
+        SCENE,
+        ("north up", "gdalwarp"),
+    ),
+    Fault(
+        "scene without data", partial(scene, values=GAPS, nodata=0), SCENE, ("no cell has data",)
+    ),
+    Fault(
+        "scene that lacks a band", partial(scene, values=GAPS[:2] + 1), SCENE, ("2 bands", "of 3")
+    ),
+    Fault(
+        "scene of another type",
+        partial(scene, values=GAPS.astype("float32")),
+        SCENE,
+        ("float32", "trained on uint8"),
+    ),
+    Fault(
+        "scene of complex numbers",
+        partial(scene, values=GAPS.astype("complex64")),
+        SCENE,
+        ("complex64",),
+    ),
+    Fault("scene cut off", partial(scene, size=300, cut=60_000), SCENE, ("scene.tif", "cut off")),
+    Fault(
+        "scene cut off in its header",
+        partial(scene, cut=100),
+        f"{SCENE} --kind scene",
+        ("scene.tif", "damaged"),
+    ),
+    Fault(
+        "VRT without its source",
+        vrt_without_source,
+        SCENE.replace("scene.tif", "scene.vrt"),
+        ("scene.vrt",),
+    ),
+    Fault(
+        "scene smaller than a cell is one cell",
+        partial(scene, size=9),
+        f"{SCENE} --kind scene",
+        ("wrote map.tif",),
+        code=0,
+    ),
+    Fault(
+        "scene of another resolution",
+        partial(scene, transform=Affine(2, 0, 500_000, 0, -2, 4_000_000)),
+        SCENE,
+        ("2 m", "0.25 times", "--resample"),
+    ),
+    Fault("stride of nothing", scene, f"{SCENE} --stride 0", ("stride: ",)),
+    Fault("stride above the window", scene, f"{SCENE} --stride 29", ("stride: 29", "28")),
+    Fault("window of nothing", scene, f"{SCENE} --window 0", ("window: ",)),
+    Fault("no data asked for", scene, f"{SCENE} --min_data 0", ("min_data: ",)),
+    Fault("map is there", partial(scene_and, name="map.tif"), SCENE, ("map.tif is there",)),
+    Fault(
+        "cells are there", partial(scene_and, name="map.parquet"), SCENE, ("map.parquet is there",)
+    ),
+    Fault(
+        "map below a file", partial(scene_and, name="taken"), f"{SCENE[:-3]}taken/map", ("taken",)
+    ),
+    Fault(
+        "map in the place of its scene",
+        scene,
+        f"{SCENE[:-3]}scene --overwrite",
+        ("would replace the scene",),
+    ),
+    Fault(
+        "map among the scenes",
+        scene,
+        "predict --model_path model.safetensors --input . --kind scene --output maps",
+        ("lies among the scenes",),
+    ),
+    Fault(
+        "chips beside scenes",
+        scenes_and_chips,
+        SCENE.replace("scene.tif", "several"),
+        ("chips (", "beside scenes (", "--kind"),
+    ),
+    Fault(
+        "two scenes of one name",
+        scenes_of_one_name,
+        SCENE.replace("scene.tif", "several"),
+        ("two scenes of one name",),
+    ),
+    Fault("picture called a TIFF", text("scene.tif", "GIF89a"), SCENE, ("scene.tif",)),
+]

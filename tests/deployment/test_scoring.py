@@ -24,8 +24,11 @@ from helpers.models.adapters import AdapterSettings, add_adapter, save_adapter
 from helpers.models.classifier import ClassifierConfig, create_classifier
 from helpers.models.files import save_classifier
 from helpers.predict import predict
+from helpers.training.config import RunConfig
+from helpers.training.methods import train
+from helpers.training.runs import save_run
 from tests.evaluation.test_calibration import make_validation
-from tests.fake_data import class_folders, make_chip, write_chip, write_scene
+from tests.fake_data import class_folders, make_chip, split_folders, write_chip, write_scene
 
 SIZE = 28
 CLASSES = ("no_tree", "tree")
@@ -188,7 +191,7 @@ def test_every_form_of_a_model(model, chips, tmp_path):
     calibration = (torch.from_numpy(np.stack([make_chip(i) for i in range(16)])),
                    torch.arange(16) % 2)  # fmt: skip
     source = Source(make_classifier(), calibration, calibration, tmp_path / "variants")
-    names = ("eager_fp32", "onnx_fp32", "openvino_int8")
+    names = ("eager_fp32",)
     built, _ = build_variants(source, names, lambda line: None)
     digests = {open_model(model).digest}
     for variant in built:
@@ -310,3 +313,25 @@ def test_a_model_that_answers_with_nan(chips, tmp_path):
     with pytest.raises(InputError, match="NaN or infinity"):
         answer(path, chips, tmp_path / "p")
     assert not (tmp_path / "p.csv").exists()
+
+
+def test_a_run_is_enough_for_answers_with_a_known_error(tmp_path):
+    """Training writes the files that predict reads."""
+    root = split_folders(tmp_path / "data", counts={"train": 10, "valid": 10, "test": 5})
+    settings = RunConfig.checked(
+        data_path=str(root), weights="random", image_size=SIZE, head_inputs="cls",
+        learning_rates=0.01, weight_decays=0, epochs=20, output_path=str(tmp_path / "runs"),
+    )  # fmt: skip
+    run = train(settings, settings.data(), report=lambda line: None)
+    save_run(settings, run)
+    path = settings.folder / "model_final.safetensors"
+    scorer = open_model(path)
+    assert (scorer.chip_size, scorer.classifier.chip_dtype) == (SIZE, "uint8")
+    changes = {"threshold": "recall=0.9", "error_rate": 0.2}
+    table, _ = answer(path, root / "test", tmp_path / "p", temperature=1, **changes)
+    tested = run.predictions[run.predictions["split"] == "test"]
+    order = table["img_path"].radd("test/").tolist()
+    expected = tested.set_index("img_path").loc[order]
+    np.testing.assert_allclose(table["p_tree"], expected["p_tree"], atol=1e-5)
+    rule = answer_rule(scorer, config(path, root, "p", temperature=1, **changes))
+    assert ((table["p_tree"] >= rule.threshold) == (table["label"] == "tree")).all()

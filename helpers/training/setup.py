@@ -95,7 +95,8 @@ def tracked_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     try:
         yield accelerator
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # `end_training` would end the processes' group too
+            tracker.finish()
 
 
 def check_space(config: RunConfig, model: nn.Module) -> None:

@@ -1,13 +1,9 @@
-"""LoRA, DoRA and full runs: precision, batches, processes, and going on after a kill."""
+"""LoRA, DoRA and full runs: precision, batches, and processes."""
 
 import json
-import multiprocessing
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -211,6 +207,34 @@ def test_running_out_of_memory_reduces_the_share_and_gives_the_same_history():
     pd.testing.assert_frame_equal(history[NUMBERS], expected[NUMBERS], rtol=1e-5)
 
 
+def test_an_attempt_that_ran_out_of_memory_leaves_no_gradients():
+    """The second half of the first batch breaks, after the first half gave gradients."""
+
+    class BreaksOnce(Linear):
+        calls = 0
+
+        def forward(self, chips):
+            BreaksOnce.calls += self.training
+            if BreaksOnce.calls == 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
+            return super().forward(chips)
+
+    alone, broken = Linear(limit=8), BreaksOnce(limit=8)
+    pd.testing.assert_frame_equal(
+        fit_linear(broken)[NUMBERS], fit_linear(alone)[NUMBERS], rtol=1e-5
+    )
+
+
+def test_balanced_weights_choose_the_epoch_by_the_mean_of_the_classes_losses():
+    model = Linear()
+    history = fit_linear(model, epochs=1, patience=1, class_weights=(0.75, 1.5))
+    valid = fake_chips(20, 1)
+    losses = nn.functional.cross_entropy(model(valid.values), valid.targets, reduction="none")
+    expected = np.mean([losses[valid.targets == c].mean().item() for c in (0, 1)])
+    assert history.valid_loss[0] == pytest.approx(expected, rel=1e-5)
+    assert abs(losses.mean().item() - expected) > 1e-3
+
+
 def test_class_weights_weigh_the_loss_that_is_minimised():
     model = Linear()
     examples = fake_chips(50, 0)
@@ -234,115 +258,11 @@ def test_gradients_are_clipped():
     assert (clipped.layer.weight - start).abs().max() < (free.layer.weight - start).abs().max()
 
 
-# --- Going on ------------------------------------------------------------------------------------
-
-
-def train_in_a_process(config):
-    """Run quietly; the entry point of a process that may be killed."""
-    torch.set_num_threads(1)
-    run(config)
-
-
-def weights_of(config):
-    return load_file(config.folder / "model_final.safetensors")
+# --- Processes -----------------------------------------------------------------------------------
 
 
 def history_of(config):
     return pd.read_csv(f"{config.history_path}/trial.csv")[NUMBERS]
-
-
-def test_killed_at_random_moments_a_run_ends_as_if_left_alone(chips_folder, tmp_path):
-    """SIGKILL at ten or more moments spread over the whole run, then the same history."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_training"])
-    options = {"epochs": 8, "patience": 8, "method": "lora", "augment": True}
-
-    first = context.Process(target=int)  # so that the imports do not count as part of a run
-    first.start()
-    first.join()
-    alone = config_for(chips_folder, tmp_path / "alone", **options)
-    start = time.monotonic()
-    process = context.Process(target=train_in_a_process, args=(alone,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    whole = time.monotonic() - start
-
-    killed = config_for(chips_folder, tmp_path / "killed", resume=True, **options)
-    generator = random.Random(0)
-    kills, epochs_seen = 0, set()
-    while True:
-        process = context.Process(target=train_in_a_process, args=(killed,))
-        process.start()
-        process.join(generator.uniform(0.1, 0.9) * whole if kills < 10 else None)
-        if process.exitcode is not None:
-            if process.exitcode == 0 and kills >= 10:
-                break
-            # Finished before its kill: forget the end, so that there is something to go on with.
-            assert process.exitcode == 0
-            (killed.folder / "checkpoint.pt").unlink()
-            continue
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-        checkpoint = killed.folder / "checkpoint.pt"
-        if checkpoint.is_file():
-            epochs_seen.add(torch.load(checkpoint, weights_only=True)["progress"]["epoch"])
-    assert len(epochs_seen) >= 2, "the kills must fall into different epochs"
-    pd.testing.assert_frame_equal(history_of(killed), history_of(alone))
-    expected, state = weights_of(alone), weights_of(killed)
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
-
-
-def test_a_finished_run_resumes_to_the_same_without_training(chips_folder, tmp_path):
-    first = run(config_for(chips_folder, tmp_path))
-    again = run(config_for(chips_folder, tmp_path, resume=True))
-    pd.testing.assert_frame_equal(first.history, again.history)
-    pd.testing.assert_frame_equal(first.predictions, again.predictions)
-
-
-@pytest.fixture
-def checkpointed(chips_folder, tmp_path):
-    config = config_for(chips_folder, tmp_path, epochs=1)
-    run(config)
-    return config
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lora_rank": 8}, "is of another run: lora_rank was 4 and is 8"),
-        ({"seed": 1}, "seed was 0 and is 1; weights_digest was"),
-        ({"epochs": 2, "batch_size": 8}, "batch_size was 16 and is 8; epochs was 1 and is 2"),
-    ],
-)
-def test_resuming_with_another_configuration_says_what_differs(checkpointed, changes, message):
-    changed = checkpointed.model_copy(update={"resume": True} | changes)
-    with pytest.raises(InputError, match=message):
-        run(changed)
-
-
-def test_a_truncated_checkpoint_is_one_clear_error(checkpointed):
-    path = checkpointed.folder / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"checkpoint.pt is truncated or not a checkpoint"):
-        run(checkpointed.model_copy(update={"resume": True}))
-
-
-def test_a_checkpoint_with_a_pickled_object_is_not_executed(checkpointed, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "executed"),))
-
-    torch.save({"identity": Trap()}, checkpointed.folder / "checkpoint.pt")
-    with pytest.raises(InputError, match="not a checkpoint"):
-        run(checkpointed.model_copy(update={"resume": True}))
-    assert not (tmp_path / "executed").exists()
-
-
-def test_without_resume_a_run_starts_anew(checkpointed):
-    finished = run(checkpointed.model_copy(update={"lora_rank": 2}))
-    assert finished.history.epoch.tolist() == [1]
 
 
 def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
@@ -354,19 +274,24 @@ def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
     arguments = []
     for name, value in both.model_dump(exclude_defaults=True).items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    launch = [
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("-m", "helpers.finetune"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # torchrun, since accelerate's launcher starts one process on a CPU whatever it is told.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    counted = tmp_path / "counted.py"
+    counted.write_text(
+        "from accelerate import PartialState\n"
+        "from helpers.finetune import main\n"
+        "main()\n"
+        "print('processes:', PartialState().num_processes)\n"
+    )
     result = subprocess.run(
-        [sys.executable, *launch, *arguments],
+        [sys.executable, *launch, str(counted), *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("processes: 2") == 2, "there must be two"
     assert result.stdout.count("Test split") == 1, "only the main process reports"
     pd.testing.assert_frame_equal(history_of(both), history_of(alone), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,261 @@
+"""Going on after a kill, and what a finished run leaves to the next."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from helpers import InputError
+from helpers.models.backbones import create_backbone
+from helpers.training import jobs, methods
+from helpers.training.config import RunConfig
+from tests.fake_data import manifest_folder
+
+NUMBERS = ["epoch", "train_loss", "valid_loss", "train_acc", "valid_acc", "valid_auroc"]
+
+
+@pytest.fixture(scope="module")
+def chips_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return manifest_folder(folder, counts={"train": 16, "valid": 8, "test": 8})
+
+
+def config_for(data, folder, **parameters):
+    """A short run on chips of 28 px, everything below one folder."""
+    defaults = {
+        "data_path": str(data),
+        "image_size": 28,
+        "method": "lora",
+        "epochs": 4,
+        "patience": 4,
+        "batch_size": 16,
+        "precision": "fp32",
+        "device": "cpu",
+        "output_path": str(folder / "models"),
+        "history_path": str(folder / "history"),
+        "cache_path": str(folder / "cache"),
+        "run_name": "trial",
+    }
+    return RunConfig.checked(**defaults | parameters)
+
+
+def run(config):
+    finished, _ = jobs.finished(config, config.data(), report=lambda line: None)
+    return finished
+
+
+# --- Going on ------------------------------------------------------------------------------------
+
+
+def train_in_a_process(config):
+    """Run quietly; the entry point of a process that may be killed."""
+    torch.set_num_threads(1)
+    run(config)
+
+
+def weights_of(config):
+    return load_file(config.folder / "model_final.safetensors")
+
+
+def history_of(config):
+    return pd.read_csv(f"{config.history_path}/trial.csv")[NUMBERS]
+
+
+def test_killed_at_random_moments_a_run_ends_as_if_left_alone(chips_folder, tmp_path):
+    """SIGKILL at ten or more moments spread over the whole run, then the same history."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.test_going_on"])
+    options = {"epochs": 8, "patience": 8, "method": "lora", "augment": True}
+
+    first = context.Process(target=int)  # so that the imports do not count as part of a run
+    first.start()
+    first.join()
+    alone = config_for(chips_folder, tmp_path / "alone", **options)
+    start = time.monotonic()
+    process = context.Process(target=train_in_a_process, args=(alone,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    whole = time.monotonic() - start
+
+    killed = config_for(chips_folder, tmp_path / "killed", resume=True, **options)
+    generator = random.Random(0)
+    kills, epochs_seen = 0, set()
+    while True:
+        process = context.Process(target=train_in_a_process, args=(killed,))
+        process.start()
+        process.join(generator.uniform(0.1, 0.9) * whole if kills < 10 else None)
+        if process.exitcode is not None:
+            if process.exitcode == 0 and kills >= 10:
+                break
+            # Finished before its kill: forget it, so that there is something to do again.
+            assert process.exitcode == 0
+            shutil.rmtree(killed.folder)
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        checkpoint = killed.folder / "checkpoint.pt"
+        if checkpoint.is_file():
+            epochs_seen.add(torch.load(checkpoint, weights_only=True)["progress"]["epoch"])
+    assert len(epochs_seen) >= 2, "the kills must fall into different epochs"
+    pd.testing.assert_frame_equal(history_of(killed), history_of(alone))
+    expected, state = weights_of(alone), weights_of(killed)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_a_finished_run_is_read_and_its_checkpoint_is_gone(chips_folder, tmp_path):
+    config = config_for(chips_folder, tmp_path)
+    first, _ = jobs.finished(config, config.data(), report=lambda line: None)
+    assert not (config.folder / "checkpoint.pt").exists()
+    resumed = config.model_copy(update={"resume": True})
+    again, was_read = jobs.finished(resumed, config.data(), report=lambda line: None)
+    assert was_read
+    pd.testing.assert_frame_equal(first.history[NUMBERS], again.history[NUMBERS], check_dtype=False)
+    pd.testing.assert_frame_equal(first.predictions, again.predictions)
+
+
+@pytest.fixture
+def checkpointed(chips_folder, tmp_path):
+    """A run that was killed before it was saved: all of its epochs are in the checkpoint."""
+    config = config_for(chips_folder, tmp_path, epochs=1)
+    methods.train(config, config.data(), report=lambda line: None)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 8}, "is of another run: lora_rank was 4 and is 8"),
+        ({"precision": "bf16"}, "precision was 'fp32' and is 'bf16'"),
+        ({"seed": 1}, "seed was 0 and is 1; weights_digest was"),
+        ({"epochs": 2, "batch_size": 8}, "batch_size was 16 and is 8; epochs was 1 and is 2"),
+    ],
+)
+def test_resuming_with_another_configuration_says_what_differs(
+    checkpointed, changes, message, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    changed = checkpointed.model_copy(update={"resume": True} | changes)
+    with pytest.raises(InputError, match=message):
+        run(changed)
+
+
+def rewritten(**changes):
+    def damage(path):
+        state = torch.load(path, weights_only=True)
+        torch.save(
+            {key: value for key, value in (state | changes).items() if value != "gone"}, path
+        )
+
+    return damage
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "a flipped bit": flip_a_bit,
+    "empty": lambda path: path.write_bytes(b""),
+    "no progress": rewritten(progress="gone"),
+    "odd progress": rewritten(progress={"epoch": "one"}),
+    "no values": rewritten(values="gone"),
+    "fewer values": rewritten(values=[]),
+    "other shapes": rewritten(values=[[torch.zeros(1)]]),
+    "odd optimizer": rewritten(optimizer={}),
+    "no random state": rewritten(random=[]),
+    "odd identity": rewritten(identity=3),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_clear_error(checkpointed, damage):
+    path = checkpointed.folder / "checkpoint.pt"
+    DAMAGES[damage](path)
+    with pytest.raises(InputError, match=r"checkpoint.pt is truncated or not a checkpoint"):
+        run(checkpointed.model_copy(update={"resume": True}))
+
+
+def test_a_finished_run_with_other_parameters_data_or_weights_is_not_replaced(
+    chips_folder, tmp_path
+):
+    weights = tmp_path / "weights.safetensors"
+    example = create_backbone("example")
+    save_file(example.state_dict(), weights)
+    config = config_for(
+        chips_folder, tmp_path, method="head_only", weights=str(weights), backbone="example"
+    )
+    first = run(config)
+    run(config)  # the same again is the same run
+    other = config.model_copy(update={"learning_rates": (0.3,)})
+    with pytest.raises(InputError, match=r"run_name: trial is a finished run .*learning_rates was"):
+        run(other)
+    with torch.no_grad():
+        example.norm.bias[0] += 1
+    save_file(example.state_dict(), weights)
+    with pytest.raises(InputError, match=r"weights_digest was '\w+' and is '\w+'"):
+        run(config.model_copy(update={"resume": True}))
+    again = run(config.model_copy(update={"overwrite": True}))
+    assert again.record["weights_digest"] != first.record["weights_digest"]
+
+
+def test_a_run_that_learned_nothing_says_so(chips_folder, tmp_path):
+    still = {"method": "head_only", "learning_rates": (1e-30,), "weight_decays": (0.0,)}
+    finished = run(config_for(chips_folder, tmp_path, **still))
+    assert finished.record["failure"].startswith("no better than chance: the lowest validation")
+    assert run(config_for(chips_folder, tmp_path, run_name="good")).record["failure"] == ""
+
+
+def test_every_route_says_and_records_what_splits_share(chips_folder, tmp_path):
+    data = replace(config_for(chips_folder, tmp_path).data(), leaks=["1 image in two splits"])
+    lines = []
+    config = config_for(chips_folder, tmp_path, method="head_only")
+    finished, _ = jobs.finished(config, data, report=lines.append)
+    assert lines[0] == "WARNING: leakage: 1 image in two splits"
+    assert finished.record["leaks"] == ["1 image in two splits"]
+
+
+def test_tensorboard_receives_every_epoch(chips_folder, tmp_path):
+    config = config_for(chips_folder, tmp_path, tracker="tensorboard", epochs=2)
+    history = run(config).history
+    (folder,) = {file.parent for file in (tmp_path / "models").rglob("events.*")} & {
+        tmp_path / "models" / "tracking" / "trial"
+    }
+    events = EventAccumulator(str(folder)).Reload()
+    values = [event.value for event in events.Scalars("valid_loss")]
+    np.testing.assert_allclose(values, history.valid_loss, rtol=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_one_clear_error(chips_folder, tmp_path):
+    with pytest.raises(InputError, match="tracker: wandb is not installed; pip install wandb"):
+        run(config_for(chips_folder, tmp_path, tracker="wandb"))
+
+
+def test_a_checkpoint_with_a_pickled_object_is_not_executed(checkpointed, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    torch.save({"identity": Trap()}, checkpointed.folder / "checkpoint.pt")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        run(checkpointed.model_copy(update={"resume": True}))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_resume_a_run_starts_anew(checkpointed):
+    finished = run(checkpointed.model_copy(update={"lora_rank": 2}))
+    assert finished.history.epoch.tolist() == [1]

@@ -165,6 +165,8 @@ def _problem(cls: type[Config], error) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         return f"{name}: unknown parameter; the parameters are {', '.join(cls.model_fields)}"
+    if error["type"] == "missing":
+        return f"{name}: is needed; --help says what it is"
     what = error["msg"].removeprefix("Value error, ")
     given = repr(error["input"])
     return f"{name}: {what} (got {given if len(given) <= 200 else given[:200] + ' ...'})"

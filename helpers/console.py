@@ -115,10 +115,14 @@ def _where() -> str:
 
 
 def _described(bar: text_bar) -> str:
-    """A bar in words: `features 640/2644, loss 0.31`."""
+    """A bar in words: `features 640/2644, 213 chip/s, 00:09 left, loss 0.31`."""
     count = f"{bar.n}/{bar.total}" if bar.total else f"{bar.n}" if bar.n else ""
-    words = f"{bar.desc.removesuffix(': ')} {count}".strip()
-    return f"{words}, {bar.postfix}" if bar.postfix else words
+    words = [f"{bar.desc.removesuffix(': ')} {count}".strip()]
+    if bar.total and bar.n > bar.initial:
+        rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
+        left = text_bar.format_interval((bar.total - bar.n) / rate)
+        words += [f"{rate:.3g} {bar.unit}/s", f"{left} left"]
+    return ", ".join([*words, bar.postfix] if bar.postfix else words)
 
 
 def report_cells() -> None:

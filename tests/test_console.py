@@ -1,6 +1,7 @@
 """Progress as bars or as lines, and how a command ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,9 @@ def test_a_command_says_what_it_does(often, capfd):
     lines = err.splitlines()
     assert out == ""
     said = [line.split(" s: ")[1] for line in lines]
+    rate = r", [\d.e+]+ \w+/s, [\d:]+ left"
+    assert any(re.search(f"features 64/640{rate}, loss 0.3$", words) for words in said)
+    said = [re.sub(rate, "", words) for words in said]
     long = ["seed 1/3 > features 64/640, loss 0.3", "compiling", "working"]
     assert list(dict.fromkeys(words for words in said if words in long)) == long
 

@@ -13,7 +13,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ import numpy as np
 import psutil
 
 from helpers import InputError
+from helpers.records import peak_memory_bytes, reset_peak_memory
 
 Predict = Callable[[np.ndarray], np.ndarray]
 """Chips (N, bands, S, S), uint8 or float in file units -> logits (N, classes) float32."""
@@ -44,7 +44,11 @@ class Variant:
         runtime: a name in `RUNTIMES`.
         folder: where its files lie.
         files: file names in the folder; the first is the one that the runtime opens.
-        options: what the runtime needs besides, JSON-serialisable.
+        options: what the runtime needs besides, JSON-serialisable. Every runtime's hold
+            `classifier`, the `ClassifierConfig` (classes, bands, image size) as a dict. Three say
+            how a comparison treats the variant: `depends_on_batch` (a chip's logits change with
+            its neighbours), `only_timed` (its logits are the reference's by construction) and
+            `costs_as` (computes and stores what the variant of that name does).
         precision: of most of its multiplications: `fp32`, `bf16`, `fp16` or `int8`.
     """
 
@@ -108,15 +112,14 @@ def _load_torch(variant: Variant, threads: int, device: str) -> Predict:
 
     torch.set_num_threads(threads)
     config = config_from_json(variant.options["classifier"])
-    backbone = build_backbone(config.backbone, config.image_size, len(config.bands))
+    bands = len(config.bands)
+    backbone = build_backbone(config.backbone, config.image_size, bands, initialise=False)
     model = Classifier(config, backbone)
     if variant.runtime == "torchao":
         import torchao  # noqa: F401  registers the tensor types that the file holds
     state = read_state_dict(variant.folder / variant.files[0])
     _narrow(backbone, state)
     model.load_state_dict(state, assign=True)
-    dtype = getattr(torch, variant.options.get("dtype", "float32"))
-    model.mean, model.std = model.mean.to(dtype), model.std.to(dtype)
     if "adapter" in variant.options:
         from peft import PeftModel
 
@@ -146,7 +149,7 @@ def _narrow(backbone, state: dict) -> None:
 
     for path in block_layers(backbone):
         out_features, in_features = state[f"backbone.{path}.weight"].shape
-        backbone.set_submodule(path, nn.Linear(in_features, out_features))
+        backbone.set_submodule(path, nn.Linear(in_features, out_features, device="meta"))
     for block in backbone.blocks:
         attention = block.attn
         attention.attn_dim = attention.proj.in_features
@@ -284,27 +287,6 @@ def _serve(handle: int, predict: Predict) -> None:
             connection.send(predict(connection.recv()))
 
 
-def _peak_bytes() -> int:
-    """Most resident memory of this process since `_reset_peak`."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return psutil.Process().memory_info().rss
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-
-
-def _gpu_peak_bytes() -> int:
-    import torch
-
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
-
-def _reset_peak() -> None:
-    with suppress(OSError):  # not every container lets a process reset its own mark
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def footprint(
     variant: Variant,
     chips: np.ndarray,
@@ -343,11 +325,11 @@ def footprint(
     }
     for size in batch_sizes:
         batch = np.resize(chips, (size, *chips.shape[1:]))
-        _reset_peak()
+        reset_peak_memory()
         predict(batch)
-        result[f"peak_bytes_{size}"] = _peak_bytes()
+        result[f"peak_bytes_{size}"] = peak_memory_bytes("cpu")
         if device == "cuda":
-            result[f"gpu_peak_bytes_{size}"] = _gpu_peak_bytes()
+            result[f"gpu_peak_bytes_{size}"] = peak_memory_bytes(device)
     return result
 
 

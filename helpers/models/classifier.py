@@ -121,8 +121,12 @@ class Classifier(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def normalize(self, chips: Tensor) -> Tensor:
-        """Chips (N, bands, S, S), uint8 or float in file units -> what the backbone expects."""
-        return (chips.to(self.mean.dtype) - self.mean) / self.std
+        """Chips (N, bands, S, S), uint8 or float in file units -> what the backbone expects.
+
+        In fp32 whatever the backbone computes in: half precision cannot hold 16-bit values.
+        """
+        normalized = (chips.float() - self.mean) / self.std
+        return normalized.to(self.backbone.cls_token.dtype)
 
     def features(self, chips: Tensor) -> Tensor:
         """All head inputs at once: chips (N, bands, S, S) -> (N, 5 * width).

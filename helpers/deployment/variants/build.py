@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
-from helpers.deployment.runtimes import Variant
+from helpers import InputError
+from helpers.deployment.runtimes import Predict, Variant, load
 from helpers.deployment.variants.onnx import (
     build_onnx_fp32,
     build_onnx_int8_dynamic,
@@ -32,11 +34,12 @@ from helpers.deployment.variants.pruning import (
     build_structured_recovered,
     build_unstructured,
 )
-from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.deployment.variants.source import CONTROL, REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.deployment.variants.torch import (
     build_autocast,
     build_compiled,
+    build_control,
     build_eager,
     build_int4_weights,
     build_lora_merged,
@@ -47,6 +50,7 @@ from helpers.deployment.variants.torch import (
 
 BUILDERS: dict[str, Callable[[Source], Variant]] = {
     REFERENCE: build_eager,
+    CONTROL: build_control,
     "lora_unmerged": build_lora_unmerged,
     "lora_merged": build_lora_merged,
     "bf16_autocast": partial(build_autocast, "bf16_autocast", "bfloat16"),
@@ -57,7 +61,7 @@ BUILDERS: dict[str, Callable[[Source], Variant]] = {
     "int8_dynamic": partial(
         build_torchao,
         "int8_dynamic",
-        "torchao: int8 weights, activations quantized as they come",
+        "torchao: int8 weights, activations quantized as they come, one scale a token",
         "int8",
         "Int8DynamicActivationInt8WeightConfig",
     ),
@@ -86,31 +90,41 @@ BUILDERS: dict[str, Callable[[Source], Variant]] = {
 
 
 def build_variants(
-    source: Source, names: tuple[str, ...], report: Callable[[str], None] = print
-) -> tuple[list[Variant], pd.DataFrame]:
-    """Build variants, one after the other; what cannot be built is listed with the reason.
+    source: Source, names: tuple[str, ...], threads: int, report: Callable[[str], None] = print
+) -> tuple[dict[str, Variant], dict[str, Predict], pd.DataFrame]:
+    """Build variants one after the other, load each and let it predict once.
+
+    What cannot be built, loaded or run on this machine, or answers with numbers that are not
+    finite, is listed with the reason and is in nothing else that is returned.
+
+    Args:
+        source: what they are made of.
+        names: of `BUILDERS`.
+        threads: of one prediction on the CPU.
+        report: is told of every variant.
 
     Returns:
-        The variants, and a table of all names: `variant, made, arithmetic, mebibytes_on_disk,
-        unavailable`.
+        The variants and their loaded predict functions by name, and a table of all names:
+        `variant, made, arithmetic, mebibytes_on_disk, unavailable`.
+
+    Raises:
+        InputError: the reference is among those that do not run.
     """
     source.folder.mkdir(parents=True, exist_ok=True)
-    variants, rows = [], []
+    chips = source.train[0][:2].numpy()
+    variants, predicts, rows = {}, {}, []
     for name in names:
         try:
             with _quiet():
                 variant = BUILDERS[name](source)
-            variant.save()
-        except Unavailable as error:
-            rows.append({"variant": name, "unavailable": str(error)})
-        except ModuleNotFoundError as error:
-            reason = f"{error.name} is not installed (`pip install {error.name}`)"
-            rows.append({"variant": name, "unavailable": reason})
-        except Exception as error:  # exporters and quantizers raise whatever they like
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            rows.append({"variant": name, "unavailable": reason})
+                variant.save()
+                predict = load(variant, threads, source.device)
+                if not np.isfinite(predict(chips)).all():
+                    raise Unavailable("its logits are not finite")
+        except Exception as error:  # exporters, quantizers and runtimes raise whatever they like
+            rows.append({"variant": name, "unavailable": _reason(error)})
         else:
-            variants.append(variant)
+            variants[name], predicts[name] = variant, predict
             rows.append(
                 {
                     "variant": name,
@@ -120,8 +134,19 @@ def build_variants(
                 }
             )
         report(f"{name}: {rows[-1].get('unavailable') or 'built'}")
+        if name == REFERENCE and name not in variants:
+            raise InputError(f"model_path: {name} cannot serve it: {rows[-1]['unavailable']}")
     columns = ["variant", "made", "arithmetic", "mebibytes_on_disk", "unavailable"]
-    return variants, pd.DataFrame(rows, columns=columns)
+    return variants, predicts, pd.DataFrame(rows, columns=columns)
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no such variant, in one line."""
+    if isinstance(error, Unavailable | InputError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed (`pip install {error.name}`)"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 @contextmanager

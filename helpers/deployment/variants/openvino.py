@@ -3,8 +3,6 @@
 import gzip
 import os
 
-import numpy as np
-
 from helpers.deployment.runtimes import Variant
 from helpers.deployment.variants.source import Source
 from helpers.deployment.variants.structure import Unavailable
@@ -21,10 +19,8 @@ def _openvino_variant(
     graph = source.folder / f"{name}.xml.gz"
     graph.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     path.unlink()
-    hint = "bf16" if precision == "bf16" else "f32"
-    options = {"precision_hint": hint}
-    files = (f"{name}.bin", graph.name)
-    return Variant(name, made, "openvino", source.folder, files, options, precision)
+    options = {"precision_hint": "bf16" if precision == "bf16" else "f32"}
+    return source.described(name, made, "openvino", (f"{name}.bin", graph.name), precision, options)
 
 
 def build_openvino_fp32(source: Source) -> Variant:
@@ -50,14 +46,14 @@ def build_openvino_bf16(source: Source) -> Variant:
 def build_openvino_int8(source: Source) -> Variant:
     """int8 by NNCF, calibrated."""
     nncf = _nncf()
-    batches = source.calibration
+    batches = source.calibration_batches
     model = nncf.quantize(
         source.openvino(),
         nncf.Dataset(batches),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(batches),
     )
-    made = f"int8, NNCF for transformers, calibrated on {len(np.concatenate(batches))} chips"
+    made = f"int8, NNCF for transformers, calibrated on {len(source.calibration)} chips"
     return _openvino_variant(source, "openvino_int8", made, model, "int8", fp16_file=True)
 
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch.nn.utils import prune
 
 from helpers.deployment.runtimes import Variant, block_layers
-from helpers.deployment.variants.source import Source
+from helpers.deployment.variants.source import REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.training.loop import ChipExamples, FitSettings, fit
 
@@ -22,7 +22,7 @@ def build_unstructured(percent: int, source: Source) -> Variant:
     for layer, name in layers:
         prune.remove(layer, name)
     made = f"{percent} % smallest weights of the blocks set to zero; stored and computed densely"
-    return source.torch_variant(f"pruned_{percent}", made, model)
+    return source.torch_variant(f"pruned_{percent}", made, model, costs_as=REFERENCE)
 
 
 def build_structured(source: Source) -> Variant:
@@ -45,7 +45,7 @@ def build_structured_recovered(source: Source) -> Variant:
         report=lambda line: None,
     )
     made = f"the same, then {source.recovery_epochs} epochs of fine-tuning on the training chips"
-    return source.torch_variant("structured_recovered", made, model.cpu())
+    return source.torch_variant("structured_recovered", made, model.cpu(), costs_as="structured")
 
 
 def build_sparse_2_4(source: Source) -> Variant:
@@ -59,4 +59,4 @@ def build_sparse_2_4(source: Source) -> Variant:
             smallest = fours.abs().topk(2, dim=2, largest=False).indices
             fours.scatter_(2, smallest, 0)
     made = "the two smallest of every four weights zero, sparse tensor cores, fp16"
-    return source.torch_variant("sparse_2_4", made, model, "fp16", dtype="float16", sparse_2_4=True)
+    return source.torch_variant("sparse_2_4", made, model, "fp16", sparse_2_4=True)

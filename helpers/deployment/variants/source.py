@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -17,6 +18,10 @@ from helpers.models.export import export_onnx
 from helpers.records import written_whole
 
 REFERENCE = "eager_fp32"
+CONTROL = "eager_fp32_again"
+"""The reference under another name: what differs between the two is noise of the measurement."""
+
+_STRUCTURED_SHARE = 1 / 3  # of heads and of MLP units: one of the three heads of a ViT-Ti
 
 
 @dataclass
@@ -25,13 +30,13 @@ class Source:
 
     Args:
         classifier: fp32, in eval mode; LoRA merged where there was one.
-        train: chips (N, bands, S, S) and targets (N,) to calibrate and recover with.
+        train: chips (N, bands, S, S) and targets (N,) to recover with.
         valid: the same, to choose the epoch of a recovery by.
+        calibration: chips that static quantization is calibrated on, see `calibration_rows`.
         folder: where the variants' files go.
         adapted: the classifier as a PeftModel; None for one with a new adapter of zero update,
             which costs the same time and memory as a trained one.
         device: `cpu` or `cuda`, where PyTorch variants will run.
-        calibration_chips: how many training chips calibrate static quantization.
         recovery_epochs: of the fine-tuning after structured pruning.
         seed: of the recovery.
     """
@@ -39,22 +44,23 @@ class Source:
     classifier: Classifier
     train: tuple[Tensor, Tensor]
     valid: tuple[Tensor, Tensor]
+    calibration: Tensor
     folder: Path
     adapted: PeftModel | None = None
     device: str = "cpu"
-    calibration_chips: int = 64
     recovery_epochs: int = 3
     seed: int = 0
 
     @property
-    def calibration(self) -> list[np.ndarray]:
-        """Training chips in batches of eight."""
-        chips = self.train[0][: self.calibration_chips]
-        return [batch.numpy() for batch in chips.split(8)]
+    def calibration_batches(self) -> list[np.ndarray]:
+        """The calibration chips in batches of eight."""
+        return [batch.numpy() for batch in self.calibration.split(8)]
 
     @cached_property
     def onnx(self) -> Path:
         """The classifier as an ONNX file."""
+        if self.device != "cpu":
+            raise Unavailable("served from the CPU, which a comparison on a GPU leaves out")
         if self.train[0].dtype != torch.uint8:
             raise Unavailable("the exported graph takes 8-bit chips, and these are not")
         return export_onnx(self.classifier, self.folder / "onnx_fp32.onnx")
@@ -86,19 +92,46 @@ class Source:
         path = self.folder / f"{name}.safetensors"
         with written_whole(path) as part:
             save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, part)
-        return self._described(name, made, "torch", path, precision, options)
+        return self.described(name, made, "torch", (path.name,), precision, options)
 
-    def torchao_variant(self, name: str, made: str, model: nn.Module, precision: str) -> Variant:
+    def torchao_variant(
+        self, name: str, made: str, model: nn.Module, precision: str, **options
+    ) -> Variant:
         """Write a state whose tensors are torchao's; only their own loader reads them."""
         path = self.folder / f"{name}.pt"
         with written_whole(path) as part:
             torch.save(model.state_dict(), part)
-        dtype = str(next(model.linear_head.parameters()).dtype).removeprefix("torch.")
-        return self._described(name, made, "torchao", path, precision, {"dtype": dtype})
+        return self.described(name, made, "torchao", (path.name,), precision, options)
 
-    def _described(self, name, made, runtime, path, precision, options) -> Variant:
-        options |= {"classifier": asdict(self.classifier.config)}
-        return Variant(name, made, runtime, self.folder, (path.name,), options, precision)
+    def described(
+        self,
+        name: str,
+        made: str,
+        runtime: str,
+        files: tuple[str, ...],
+        precision: str = "fp32",
+        options: dict | None = None,
+    ) -> Variant:
+        """A variant that carries the classifier's configuration, whatever its runtime."""
+        options = {"classifier": asdict(self.classifier.config)} | (options or {})
+        return Variant(name, made, runtime, self.folder, files, options, precision)
 
 
-_STRUCTURED_SHARE = 1 / 3  # of heads and of MLP units: one of the three heads of a ViT-Ti
+def calibration_rows(train: pd.DataFrame, count: int, seed: int) -> np.ndarray:
+    """Which training chips to calibrate on: classes in turn, within a class its groups in turn.
+
+    The first rows of a manifest that is sorted by class or place would be of one kind only.
+
+    Args:
+        train: rows of the training chips, with `target` and `group`.
+        count: how many; all of them where there are fewer.
+        seed: of the choice within a group.
+
+    Returns:
+        Positions in `train`, ascending.
+    """
+    rows = train.reset_index(drop=True).sample(frac=1, random_state=seed)
+    rows = rows.assign(turn=rows.groupby(["target", "group"]).cumcount())
+    rows = rows.sort_values("turn", kind="stable")
+    rows = rows.assign(turn=rows.groupby("target").cumcount())
+    return np.sort(rows.sort_values("turn", kind="stable").index[:count].to_numpy())

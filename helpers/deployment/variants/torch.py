@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from helpers.deployment.runtimes import Variant
-from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.deployment.variants.source import CONTROL, REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter, save_adapter
 
@@ -16,6 +16,13 @@ from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter,
 def build_eager(source: Source) -> Variant:
     """The reference: as trained."""
     return source.torch_variant(REFERENCE, "as trained, PyTorch eager", source.classifier)
+
+
+def build_control(source: Source) -> Variant:
+    """The reference's file under another name."""
+    made = "the reference once more: its difference is noise"
+    eager = build_eager(source)
+    return replace(eager, name=CONTROL, made=made, options=eager.options | {"only_timed": True})
 
 
 def build_autocast(name: str, dtype: str, source: Source) -> Variant:
@@ -30,36 +37,34 @@ def build_pure(name: str, dtype: str, source: Source) -> Variant:
     """Weights and arithmetic in a lower precision."""
     model = copy.deepcopy(source.classifier).to(getattr(torch, dtype))
     return source.torch_variant(
-        name, f"weights and arithmetic in {dtype}", model, name, dtype=dtype
+        name, f"weights and arithmetic in {dtype}, chips normalised in fp32", model, name
     )
 
 
-def _adapted(source: Source) -> tuple[PeftModel, str]:
+def _adapted(source: Source) -> tuple[PeftModel, str, dict]:
+    """The adapted classifier, what it is, and options: without an update it is only timed."""
     if source.adapted is not None:
-        return source.adapted, "trained adapter"
+        return copy.deepcopy(source.adapted), "trained adapter", {}
     model = add_adapter(copy.deepcopy(source.classifier), AdapterSettings()).eval()
-    return model, "new adapter of zero update (r 4 on qkv)"
+    return model, "new adapter without an update (r 4 on qkv)", {"only_timed": True}
 
 
 def build_lora_unmerged(source: Source) -> Variant:
     """Base and adapter apart."""
-    adapted, which = _adapted(source)
+    adapted, which, options = _adapted(source)
     save_adapter(adapted, source.folder / "lora_adapter")
-    base = copy.deepcopy(adapted).unload()
-    variant = source.torch_variant(
-        "lora_unmerged", f"{which}, not merged", base, adapter="lora_adapter"
-    )
-    files = [
-        f"lora_adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json")
-    ]
-    return Variant(**variant.__dict__ | {"files": (*variant.files, *files)})
+    options |= {"adapter": "lora_adapter"}
+    made = f"{which}, not merged"
+    variant = source.torch_variant("lora_unmerged", made, adapted.unload(), **options)
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    return replace(variant, files=(*variant.files, *(f"lora_adapter/{name}" for name in names)))
 
 
 def build_lora_merged(source: Source) -> Variant:
     """The adapter merged into the base."""
-    adapted, which = _adapted(source)
-    merged = merge_adapter(copy.deepcopy(adapted))
-    return source.torch_variant("lora_merged", f"{which}, merged", merged)
+    adapted, which, options = _adapted(source)
+    merged = merge_adapter(adapted)
+    return source.torch_variant("lora_merged", f"{which}, merged", merged, **options)
 
 
 def build_compiled(source: Source) -> Variant:
@@ -75,7 +80,7 @@ def build_compiled(source: Source) -> Variant:
         path = source.folder / "compiled_fp32.pt2"
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     made = "compiled ahead of time (torch.export, AOTInductor)"
-    return source._described("compiled_fp32", made, "aot_inductor", path, "fp32", {})
+    return source.described("compiled_fp32", made, "aot_inductor", (path.name,))
 
 
 def build_torchao(name: str, made: str, precision: str, config: str, source: Source) -> Variant:

@@ -9,11 +9,13 @@ import argparse
 import threading
 from dataclasses import replace
 
-from helpers.benchmarking.bench import BenchmarkConfig, open_bench, save_results
+from helpers import InputError
+from helpers.benchmarking.bench import BenchmarkConfig
+from helpers.benchmarking.benchmark import Benchmark, save_record
 from helpers.benchmarking.load_generator import System, run_scenario
 from helpers.console import run_command
 from helpers.deployment.runtimes import remote
-from helpers.deployment.variants.build import BUILDERS, build_variants
+from helpers.deployment.variants.build import BUILDERS
 from helpers.deployment.variants.source import REFERENCE
 
 LOAD = 0.8
@@ -30,17 +32,20 @@ def main() -> None:
     config = BenchmarkConfig.checked(
         model_path=arguments.model_path,
         variants=(REFERENCE, arguments.variant),
-        output_path="runs",
+        results_path="benchmark_results",
         run_name=f"soak_{arguments.variant}",
     )
-    bench = open_bench(config)
-    variants, _ = build_variants(bench.source, config.variant_names)
-    with remote(variants[-1], bench.threads) as model:
+    benchmark = Benchmark(config)
+    bench = benchmark.bench
+    if arguments.variant not in benchmark.variants:
+        reason = benchmark.built.set_index("variant").unavailable[arguments.variant]
+        raise InputError(f"variant: {arguments.variant} does not run here: {reason}")
+    with remote(benchmark.variants[arguments.variant], bench.threads) as model:
         result = soak(bench, model, arguments.minutes)
     print(bench.label)
     for name, value in result.items():
         print(f"{name:24} {value}")
-    save_results(bench, {}, {"soak": result})
+    save_record(bench, {"soak": result})
 
 
 def soak(bench, model, minutes: float) -> dict:

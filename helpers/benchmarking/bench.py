@@ -2,38 +2,32 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from helpers import InputError
-from helpers.benchmarking.limits import cpu_flags
 from helpers.benchmarking.load_generator import LoadSettings
 from helpers.benchmarking.percentiles import check_percentiles
-from helpers.config import Config
+from helpers.config import Places, folder_field
 from helpers.data.dataset import ChipData
-from helpers.deployment.runtimes import Predict, Variant, load
 from helpers.deployment.variants.build import BUILDERS
-from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.deployment.variants.source import CONTROL, REFERENCE, Source, calibration_rows
 from helpers.models.classifier import Classifier
 from helpers.models.files import load_model
-from helpers.records import environment, write_json, written_whole
+from helpers.records import check_plain_name
 from helpers.training.config import RunConfig
 
-_PACKAGES = ("torchao", "onnx", "onnxruntime", "openvino", "nncf", "mlcommons-loadgen")
 
-
-class BenchmarkConfig(Config):
+class BenchmarkConfig(Places):
     """Everything that decides a benchmark."""
 
     model_path: str = Field(
-        "models/head_only_example_example_seed0/model_final.safetensors",
+        "runs/head_only_example_example_seed0/model_final.safetensors",
         description="a model_final.safetensors, or the adapter folder of a LoRA run",
     )
     data_path: str = Field(
@@ -46,7 +40,9 @@ class BenchmarkConfig(Config):
         0.5, ge=0, description="accuracy that a deployable variant may lose, in percentage points"
     )
     calibration_chips: PositiveInt = Field(
-        64, description="training chips that static quantization is calibrated on"
+        64,
+        description="training chips that static quantization is calibrated on, of all classes "
+        "and groups",
     )
     recovery_epochs: PositiveInt = Field(
         3, description="epochs of fine-tuning after structured pruning"
@@ -55,15 +51,15 @@ class BenchmarkConfig(Config):
         (1, 8, 32), min_length=1, description="chips per prediction, ascending"
     )
     latency_samples: tuple[PositiveInt, ...] = Field(
-        (60, 10, 5), description="timed predictions of every variant, one number per batch size"
+        (30, 5, 5), description="timed predictions of every variant, one number per batch size"
     )
     percentiles: tuple[float, ...] = Field(
-        (50.0, 90.0, 95.0), description="of latency; shown where the samples carry them"
+        (50.0, 90.0), description="of latency; shown where the samples carry them"
     )
     load_variants: tuple[Literal[tuple(BUILDERS)], ...] | None = Field(
         None, description="to put under load; the reference and the fastest that passes by default"
     )
-    load_seconds: PositiveFloat = Field(1.0, description="least duration of one LoadGen run, s")
+    load_seconds: PositiveFloat = Field(0.5, description="least duration of one LoadGen run, s")
     start_qps: PositiveFloat | None = Field(
         None, description="first rate of the Server search; half the Offline rate by default"
     )
@@ -78,26 +74,27 @@ class BenchmarkConfig(Config):
         256, description="waiting queries above which the next is refused"
     )
     load_fractions: tuple[PositiveFloat, ...] = Field(
-        (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
+        (0.3, 0.5, 0.7, 0.9, 1.1),
         description="of the measured capacity, offered in the load curve",
     )
     competing: tuple[int, ...] = Field(
-        (0, 1, 2), description="numbers of competing CPU-bound processes"
+        (0, 2), description="numbers of competing CPU-bound processes"
     )
     processes: tuple[PositiveInt, ...] = Field((1, 2), description="numbers of model processes")
     mlperf: bool = Field(False, description="MLPerf's durations: 600 s for every LoadGen run")
     threads: PositiveInt | None = Field(None, description="of one prediction; all cores by default")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="of PyTorch variants")
-    seed: int = Field(0, ge=0, description="of bootstrap draws and of recovery")
-    output_path: str = Field("models", description="folder for the variants' files")
-    results_path: str = Field("benchmark_results", description="folder for tables and records")
-    figures_path: str = Field("figures", description="folder for figures")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of calibration chips, bootstrap draws and recovery"
+    )
+    results_path: str = folder_field("results_path", "tables and records")
+    figures_path: str = folder_field("figures_path", "figures")
     run_name: str | None = Field(None, description="name of the results; the model's by default")
 
     @property
     def variant_names(self) -> tuple[str, ...]:
-        """What to build."""
-        return self.variants or tuple(BUILDERS)
+        """What to build; the control always, right after the reference."""
+        return with_control(self.variants or tuple(BUILDERS))
 
     @property
     def load_settings(self) -> LoadSettings:
@@ -112,6 +109,12 @@ class BenchmarkConfig(Config):
         )
 
 
+def with_control(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once, and right after the reference its control."""
+    pairs = [(name, CONTROL) if name == REFERENCE else (name,) for name in names]
+    return tuple(dict.fromkeys(name for pair in pairs for name in pair))
+
+
 @dataclass(frozen=True)
 class Bench:
     """What is benchmarked, on what, and how.
@@ -119,6 +122,7 @@ class Bench:
     Args:
         config: the parameters.
         name: of the results' files.
+        calibration: path in the data set of every chip that static quantization is calibrated on.
         label: backbone, weights and data, as they must stand beside every number.
         source: the classifier and what its variants are made of.
         data: the checked data set.
@@ -132,6 +136,7 @@ class Bench:
     name: str
     label: str
     source: Source
+    calibration: tuple[str, ...]
     data: ChipData
     chips: np.ndarray
     targets: np.ndarray
@@ -168,16 +173,19 @@ def open_bench(config: BenchmarkConfig) -> Bench:
             f"was trained on {', '.join(classifier.config.classes)}; pass data with those"
         )
     name = config.run_name or f"benchmark_{provenance['run']}"
+    check_plain_name("run_name" if config.run_name else "model_path", name)
     device = RunConfig(device=config.device).torch_device
     train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
+    rows = data.manifest[data.manifest.split == "train"]
+    calibration = calibration_rows(rows, config.calibration_chips, config.seed)
     source = Source(
         classifier,
         train,
         valid,
+        train[0][calibration],
         Path(config.output_path) / name,
         adapted=adapted,
         device=device,
-        calibration_chips=config.calibration_chips,
         recovery_epochs=config.recovery_epochs,
         seed=config.seed,
     )
@@ -187,6 +195,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
         f"{provenance['backbone']}, {classifier.config.image_size} px, "
         f"data {Path(config.data_path).name}",
         source,
+        tuple(rows.img_path.iloc[calibration]),
         data,
         test[0].numpy(),
         test[1].numpy(),
@@ -198,42 +207,3 @@ def open_bench(config: BenchmarkConfig) -> Bench:
 def _chips(data: ChipData, split: str, classifier: Classifier):
     dataset = data.dataset(split, classifier.config.image_size)
     return torch.stack([chip for chip, _ in dataset]), dataset.targets
-
-
-def load_all(bench: Bench, variants: Sequence[Variant]) -> dict[str, Predict]:
-    """Load variants into this process, to take turns in it."""
-    return {v.name: load(v, bench.threads, bench.device) for v in variants}
-
-
-def save_results(bench: Bench, tables: dict[str, pd.DataFrame], record: dict) -> list[Path]:
-    """Write `<run>.csv` (the table named ``), `<run>_<name>.csv` and `<run>.json`."""
-    folder = Path(bench.config.results_path)
-    files = []
-    for name, table in tables.items():
-        files.append(folder / f"{bench.name}{'_' if name else ''}{name}.csv")
-        with written_whole(files[-1]) as part:
-            table.to_csv(part, index=False, float_format="%.6g")
-    known = environment()
-    known["packages"] |= {package: _version(package) for package in _PACKAGES}
-    known["machine"] |= {"cpu_flags": cpu_flags(), "threads_per_prediction": bench.threads}
-    whole = {
-        "run": bench.name,
-        "backbone_weights_data": bench.label,
-        "config": bench.config.model_dump(),
-        "classifier": asdict(bench.source.classifier.config),
-        "test_chips": len(bench.targets),
-        "data_fingerprint": bench.data.fingerprint,
-        "mlperf_submission": False,
-        **record,
-        "environment": known,
-    }
-    files.append(folder / f"{bench.name}.json")
-    write_json(files[-1], whole)
-    return files
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

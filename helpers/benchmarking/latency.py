@@ -11,12 +11,16 @@ import torch
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.percentiles import latency_percentiles
 from helpers.deployment.runtimes import Predict
-from helpers.deployment.variants.source import REFERENCE
+from helpers.deployment.variants.source import CONTROL, REFERENCE
 
 _TURN = 5  # timed predictions before the next variant
 
+# A control may agree with the reference by luck. Of twelve forms and batch sizes that compute what
+# the reference does, timed on two idle cores, ten had medians within this ratio of its median.
+LEAST_NOISE = 1.1
 
-def measure_latency(bench: Bench, predicts: dict[str, Predict], progress=print) -> pd.DataFrame:
+
+def measure_latency(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
     """Time every variant in turn, round after round, for every batch size.
 
     A turn is one prediction that is not timed and up to five that are: the first still meets the
@@ -28,14 +32,11 @@ def measure_latency(bench: Bench, predicts: dict[str, Predict], progress=print) 
     rows = []
     for size, samples in zip(bench.config.batch_sizes, bench.config.latency_samples, strict=True):
         chips = np.resize(bench.chips, (size, *bench.chips.shape[1:]))
-        for predict in predicts.values():
-            predict(chips)
         for done in range(0, samples, _TURN):
             for name, predict in predicts.items():
                 predict(chips)
                 turn = min(_TURN, samples - done)
                 rows += [(name, size, _seconds(predict, chips)) for _ in range(turn)]
-        progress(f"batch {size}: {samples} predictions of each of {len(predicts)} variants")
     return pd.DataFrame(rows, columns=["variant", "batch_size", "seconds"])
 
 
@@ -46,8 +47,13 @@ def _seconds(predict: Predict, chips: np.ndarray) -> float:
 
 
 def latency_table(samples: pd.DataFrame, percentiles: Sequence[float]) -> pd.DataFrame:
-    """`variant, batch_size, n`, percentiles in ms (NaN where n does not carry them), images_per_s
-    at the median, and speedup, the ratio of the reference's median to the variant's.
+    """Medians, percentiles and speedups.
+
+    Returns:
+        One row per variant and batch size: `variant, batch_size, n`; percentiles in ms, see
+        `latency_percentiles`; `images_per_s` at the median; `speedup`, the ratio of the
+        reference's median to the variant's; `beyond_noise`, whether that ratio lies outside the
+        `noise` of the control's.
     """
     rows = []
     for (variant, size), group in samples.groupby(["variant", "batch_size"], sort=False):
@@ -59,7 +65,19 @@ def latency_table(samples: pd.DataFrame, percentiles: Sequence[float]) -> pd.Dat
         )
     table = pd.DataFrame(rows)
     reference = table[table.variant == REFERENCE].set_index("batch_size").images_per_s
-    return table.assign(speedup=table.images_per_s / table.batch_size.map(reference))
+    table["speedup"] = table.images_per_s / table.batch_size.map(reference)
+    control = table[table.variant == CONTROL].set_index("batch_size").speedup
+    limits = table.batch_size.map({size: noise(control.get(size, 1.0)) for size in reference.index})
+    return table.assign(beyond_noise=np.abs(np.log(table.speedup)) > np.log(limits))
+
+
+def noise(control: float) -> float:
+    """Ratio of two measurements, 1 or more, up to which they count as equal.
+
+    Args:
+        control: the ratio of two measurements of the same thing.
+    """
+    return max(control, 1 / control, LEAST_NOISE)
 
 
 def request_parts(bench: Bench, predicts: dict[str, Predict], variant: str) -> pd.DataFrame:

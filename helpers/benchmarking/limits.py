@@ -1,11 +1,12 @@
 """What this machine could do at best: matrix rate, copy bandwidth; and its energy counters."""
 
-import ctypes
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pynvml
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,12 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_f
           "amx_int8", "amx_bf16")  # fmt: skip
 
 
-_RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+_RAPL = Path("/sys/class/powercap")
+
+# Sides of the square matrices: at the last, starting the product takes no visible share of it.
+_SIDES = {"cpu": (512, 2048), "cuda": (512, 8192)}
+_SLOW = 0.2  # seconds of one product; kernels without instructions for a type take minutes at 2048
+_REPEATS = 5
 
 
 def cpu_flags() -> list[str]:
@@ -26,16 +32,20 @@ def cpu_flags() -> list[str]:
     return [flag for flag in _FLAGS if flag in words]
 
 
-def machine_limits(device: str, threads: int, side: int = 2048, repeats: int = 8) -> dict:
+def machine_limits(
+    device: str, threads: int, sides: tuple[int, ...] | None = None
+) -> dict[str, float]:
     """Best matrix multiplication rates (FLOP/s by precision) and copy bandwidth (bytes/s).
 
-    Square matrices of `side`; copies of 256 MiB, read and written bytes both counted.
+    Square matrices of `sides`, of which the larger is left out where the smaller is slow already;
+    what is multiplied in a lower precision can be in fp32, so no rate lies below that of fp32.
+    Copies of 256 MiB, read and written bytes both counted.
     """
     torch.set_num_threads(threads)
 
-    def best(action) -> float:
+    def fastest(action: Callable[[], object]) -> float:
         times = []
-        for _ in range(repeats):
+        while len(times) < _REPEATS and sum(times) < _REPEATS * _SLOW:
             start = time.perf_counter()
             action()
             if device == "cuda":
@@ -43,16 +53,23 @@ def machine_limits(device: str, threads: int, side: int = 2048, repeats: int = 8
             times.append(time.perf_counter() - start)
         return min(times)
 
-    limits = {}
-    for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-        matrix = torch.randn(side, side, device=device).to(dtype)
-        limits[name] = 2 * side**3 / best(lambda m=matrix: m @ m)
-    small = torch.randint(-9, 9, (side, side), dtype=torch.int8, device=device)
-    limits["int8"] = 2 * side**3 / best(lambda: torch._int_mm(small, small))
+    def rate(dtype: torch.dtype) -> float:
+        best = 0.0
+        multiply = torch._int_mm if dtype == torch.int8 else torch.matmul
+        for side in sides or _SIDES[device]:
+            matrix = torch.randint(-9, 9, (side, side), device=device).to(dtype)
+            seconds = fastest(lambda m=matrix: multiply(m, m))
+            best = max(best, 2 * side**3 / seconds)
+            if seconds > _SLOW:
+                break
+        return best
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    rates = {name: rate(dtype) for name, dtype in dtypes.items()}
+    limits = {name: max(value, rates["fp32"]) for name, value in rates.items()}
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    limits["bytes_per_s"] = 2 * source.numel() / best(lambda: target.copy_(source))
-    return limits
+    return limits | {"bytes_per_s": 2 * source.numel() / fastest(lambda: target.copy_(source))}
 
 
 def flops_per_image(classifier: Classifier) -> int:
@@ -72,22 +89,52 @@ def flops_per_image(classifier: Classifier) -> int:
     return counter.get_total_flops()
 
 
-def energy_counter() -> tuple[str, Callable[[], float]] | None:
-    """Name of a counter that this machine exposes and a function that reads it in joules."""
-    if os.access(_RAPL, os.R_OK):
-        return "RAPL, first CPU package", lambda: int(_RAPL.read_text()) / 1e6
-    if not torch.cuda.is_available():
+def energy_meter(device: str) -> tuple[str, Callable[[], float]] | None:
+    """What measures the energy of a device, and a function that reads it.
+
+    Args:
+        device: `cpu` (RAPL, all packages) or `cuda` (NVML, the GPU that torch calls the first).
+
+    Returns:
+        A name, and a function that returns the joules since its last call (since now, at first);
+        None where the machine exposes no counter.
+    """
+    if device == "cuda":
+        return _nvml()
+    counters = [
+        p for p in sorted(_RAPL.glob("intel-rapl:?")) if os.access(p / "energy_uj", os.R_OK)
+    ]
+    if not counters:
         return None
+    readers = [
+        _since_last(
+            lambda p=p: int((p / "energy_uj").read_text()) / 1e6,
+            int((p / "max_energy_range_uj").read_text()) / 1e6,
+        )
+        for p in counters
+    ]
+    return f"RAPL, {len(counters)} CPU package(s)", lambda: sum(read() for read in readers)
+
+
+def _since_last(read: Callable[[], float], limit: float = math.inf) -> Callable[[], float]:
+    """A function that returns what a counter grew by; at `limit` the counter begins again at 0."""
+    last = read()
+
+    def growth() -> float:
+        nonlocal last
+        before, last = last, read()
+        return last - before + (limit if last < before else 0.0)
+
+    return growth
+
+
+def _nvml() -> tuple[str, Callable[[], float]] | None:
+    """NVML's counter of torch's first GPU, by UUID: indices ignore CUDA_VISIBLE_DEVICES."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(0).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        read = _since_last(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
+    except pynvml.NVMLError:
         return None
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    nvml.nvmlInit_v2()
-    nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
-
-    def read() -> float:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        return millijoules.value / 1e3
-
-    return "NVML, first GPU", read
+    return f"NVML, {torch.cuda.get_device_name(0)}", read

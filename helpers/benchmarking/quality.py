@@ -1,64 +1,82 @@
 """Test metrics of every variant, and what it loses against the reference on the same images."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import torch
 
 from helpers.benchmarking.bench import Bench
-from helpers.deployment.runtimes import Predict
+from helpers.deployment.runtimes import Predict, Variant
 from helpers.deployment.variants.source import REFERENCE
-from helpers.metrics import bootstrap_metrics, metric_columns
+from helpers.metrics import metric_columns
 
 QUALITY = ("accuracy", "precision", "recall", "f1", "auroc")
+_DRAWS = 2000  # bootstrap draws behind the interval of what is lost
 
 
-def measure_quality(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
+def measure_quality(
+    bench: Bench, variants: Mapping[str, Variant], predicts: Mapping[str, Predict]
+) -> pd.DataFrame:
     """Test metrics of every variant, and its difference to the reference on the same images.
 
+    Predictions are made in batches of `max_batch`, as they are served under load. Where the logits
+    of a chip depend on its neighbours in the batch, chips are sent one at a time as well. Variants
+    whose logits are the reference's by construction would show nothing and are left out.
+
     Returns:
-        One row per variant: `variant`; for each of QUALITY its value, `_low` and `_high`;
-        `accuracy_loss_points` with `_low` and `_high` (paired bootstrap over images, 95 %);
-        `max_logit_difference, mean_logit_difference, agreement` (share of equal decisions);
-        `passes_gate`.
+        One row per variant and batch size: `variant, batch_size`; for each of QUALITY its value,
+        `_low` and `_high`; `accuracy_loss_points` with `_low` and `_high` (paired bootstrap, 95 %,
+        over whole groups where the data name them); `max_logit_difference,
+        mean_logit_difference, agreement` (share of equal decisions); `passes_gate`. Logits that
+        are not finite have no metrics and do not pass.
     """
-    logits = {name: _predict_all(predict, bench.chips) for name, predict in predicts.items()}
-    reference = logits[REFERENCE]
-    draws = {name: _accuracy_draws(bench, each) for name, each in logits.items()}
+    largest = bench.config.max_batch
+    reference = _predict_all(predicts[REFERENCE], bench.chips, largest)
+    right = reference.argmax(1) == bench.targets
+    weights = _draws(bench)
     rows = []
-    for name, each in logits.items():
-        row = metric_columns(bench.targets, _softmax(each), QUALITY, bench.config.seed)
-        loss = 100 * (_accuracy(bench, reference) - _accuracy(bench, each))
-        low, high = np.percentile(100 * (draws[REFERENCE] - draws[name]), [2.5, 97.5])
-        difference = np.abs(each - reference)
-        rows.append(
-            {"variant": name}
-            | row
-            | {
-                "accuracy_loss_points": loss,
-                "accuracy_loss_points_low": low,
-                "accuracy_loss_points_high": high,
-                "max_logit_difference": difference.max(),
-                "mean_logit_difference": difference.mean(),
-                "agreement": (each.argmax(1) == reference.argmax(1)).mean(),
-                "passes_gate": bool(loss <= bench.config.gate_points + 1e-9),
-            }
-        )
+    for name, variant in variants.items():
+        if "only_timed" in variant.options:
+            continue
+        for size in (1, largest) if "depends_on_batch" in variant.options else (largest,):
+            logits = _predict_all(predicts[name], bench.chips, size)
+            row = {"variant": name, "batch_size": size, "passes_gate": False}
+            if np.isfinite(logits).all():
+                lost = 100.0 * (right.astype(int) - (logits.argmax(1) == bench.targets))
+                low, high = np.percentile(weights @ lost, [2.5, 97.5])
+                difference = np.abs(logits - reference)
+                probabilities = torch.from_numpy(logits).double().softmax(dim=1).numpy()
+                row |= metric_columns(bench.targets, probabilities, QUALITY, bench.config.seed) | {
+                    "accuracy_loss_points": lost.mean(),
+                    "accuracy_loss_points_low": low,
+                    "accuracy_loss_points_high": high,
+                    "max_logit_difference": difference.max(),
+                    "mean_logit_difference": difference.mean(),
+                    "agreement": (logits.argmax(1) == reference.argmax(1)).mean(),
+                    "passes_gate": bool(lost.mean() <= bench.config.gate_points + 1e-9),
+                }
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _predict_all(predict: Predict, chips: np.ndarray, batch_size: int = 32) -> np.ndarray:
+def worst_rows(quality: pd.DataFrame) -> pd.DataFrame:
+    """One row per variant: of several batch sizes the one that loses most."""
+    order = quality.sort_values("accuracy_loss_points", na_position="last", kind="stable")
+    return order.groupby("variant").tail(1).sort_index()
+
+
+def _predict_all(predict: Predict, chips: np.ndarray, batch_size: int) -> np.ndarray:
     starts = range(0, len(chips), batch_size)
     return np.concatenate([predict(chips[i : i + batch_size]) for i in starts])
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).double().softmax(dim=1).numpy()
-
-
-def _accuracy(bench: Bench, logits: np.ndarray) -> float:
-    return float((logits.argmax(axis=1) == bench.targets).mean())
-
-
-def _accuracy_draws(bench: Bench, logits: np.ndarray) -> np.ndarray:
-    """Accuracy in bootstrap draws; equal seeds draw equal images, so differences are paired."""
-    return bootstrap_metrics(bench.targets, _softmax(logits), seed=bench.config.seed)["accuracy"]
+def _draws(bench: Bench) -> np.ndarray:
+    """Weights (draws, chips) of a bootstrap over groups, or chips where no group is named."""
+    groups = bench.data.manifest.group[bench.data.manifest.split == "test"].to_numpy()
+    named = (groups != "").all()
+    unit = np.unique(groups, return_inverse=True)[1] if named else np.arange(len(groups))
+    units = unit.max() + 1
+    rng = np.random.default_rng(bench.config.seed)
+    counts = rng.multinomial(units, np.full(units, 1 / units), size=_DRAWS)[:, unit]
+    return counts / counts.sum(axis=1, keepdims=True)

@@ -229,7 +229,7 @@ class Remote:
     """A variant in a process of its own; calling it predicts there."""
 
     def __init__(self, variant: Variant, threads: int, device: str):
-        """Start the process and wait until it has loaded the variant.
+        """Start the process; the first prediction waits until it has loaded the variant.
 
         A new interpreter and not `multiprocessing`, which would import the caller's main module
         there, and all that hangs on it.
@@ -245,7 +245,6 @@ class Remote:
             start_new_session=True,  # Ctrl-C at a terminal is for the caller, which ends this one
         )
         other.close()
-        self._connection.recv()
 
     def __call__(self, chips: np.ndarray) -> np.ndarray:
         """Chips -> logits, see `Predict`."""
@@ -282,7 +281,6 @@ def worker_environment() -> dict[str, str]:
 def _serve(handle: int, predict: Predict) -> None:
     """Answer chips with logits over an inherited pipe until its other end closes."""
     with Connection(handle) as connection, suppress(EOFError):
-        connection.send("ready")
         while True:
             connection.send(predict(connection.recv()))
 

@@ -1,11 +1,13 @@
 """Every sentence that is generated from numbers."""
 
+import html
 import math
 
 import pandas as pd
 
 from helpers.benchmarking.bench import Bench
-from helpers.benchmarking.limits import energy_counter
+from helpers.benchmarking.benchmark import Benchmark
+from helpers.benchmarking.limits import energy_meter
 from helpers.evaluation.comparison import first_seed, full_set_cost
 from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_intervals
 from helpers.metrics import with_interval
@@ -195,16 +197,12 @@ def gate_sentence(bench: Bench) -> str:
     )
 
 
-def deployment_sentence(
-    bench: Bench,
-    summary: pd.DataFrame,
-    decision: dict[str, str],
-    scenarios: pd.DataFrame,
-    scaled: pd.DataFrame,
-) -> str:
+def deployment_sentence(benchmark: Benchmark) -> str:
     """What a team could paste into its deployment plan."""
+    bench, decision = benchmark.bench, benchmark.decision
+    scenarios, scaled = benchmark.scenarios, benchmark.scaling
     name = decision["recommended"]
-    row = summary.set_index("variant").loc[name]
+    row = benchmark.summary.set_index("variant").loc[name]
     wins = [what for what, winner in decision.items() if winner == name and what != "recommended"]
     server = scenarios[(scenarios.variant == name) & (scenarios.scenario == "Server")]
     load = ""
@@ -243,15 +241,16 @@ def decision_text(decision: dict[str, str], sentence: str) -> str:
     best = "\n".join(lines)
     return (
         f"Among the variants within the quality gate:\n\n{best}\n\n"
-        f"**Recommended: {decision['recommended']}.** For the deployment plan:\n\n> {sentence}"
+        f"**Recommended: {decision['recommended']}.** For the deployment plan:\n\n"
+        f"> {html.escape(sentence)}"
     )
 
 
-def energy_sentence(scenarios: pd.DataFrame) -> str:
+def energy_sentence(benchmark: Benchmark) -> str:
     """Energy per 1,000 images, or that the machine does not say."""
-    counter = energy_counter()
-    if counter is None:
+    meter = energy_meter(benchmark.bench.device)
+    if meter is None:
         return "This machine exposes no energy counter (RAPL, NVML); energy was not measured."
-    rows = scenarios[scenarios.scenario == "Offline"]
+    rows = benchmark.scenarios[benchmark.scenarios.scenario == "Offline"]
     values = [f"{r.variant} {r.joules_per_1000_images:.0f} J" for r in rows.itertuples()]
-    return f"Energy per 1,000 images, Offline ({counter[0]}): {', '.join(values)}."
+    return f"Energy per 1,000 images, Offline ({meter[0]}): {', '.join(values)}."

@@ -1,5 +1,7 @@
 """Figures of the benchmark, each drawn from a table that is also on disk."""
 
+import html
+
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -29,28 +31,50 @@ def _family(variant: str) -> str:
 
 
 def captioned(table: pd.DataFrame, caption: str, precision: int = 3):
-    """A table as a notebook shows it: a caption that names what it was measured with."""
-    numbers = table.style.format(precision=precision, na_rep="").hide(axis="index")
-    return numbers.set_caption(caption).set_uuid("table")
+    """A table as a notebook shows it: a caption that names what it was measured with.
+
+    Names of files and classes are text, whatever HTML they hold.
+    """
+    styled = table.style.format(precision=precision, na_rep="", escape="html").hide(axis="index")
+    styled = styled.format_index(escape="html", axis="columns")
+    return styled.set_caption(html.escape(caption)).set_uuid("table")
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    """The finished figure; a dollar in the name of a data set begins no formula."""
+    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    figure.tight_layout()
+    return figure
 
 
 def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
     """`measure_quality` as narrow as a page: intervals beside their values."""
-    loss, low, high = (quality[f"accuracy_loss_points{end}"] for end in ("", "_low", "_high"))
+
+    def interval(column: str, form: str) -> list[str]:
+        ends = (quality[f"{column}{end}"] for end in ("", "_low", "_high"))
+        shown = f"{{:{form}}} [{{:{form}}}, {{:{form}}}]"
+        return [shown.format(*row) if row[0] == row[0] else "" for row in zip(*ends, strict=True)]
+
     columns = ["precision", "recall", "f1", "auroc", "max_logit_difference", "agreement"]
-    view = quality[["variant", *columns]].rename(columns={"max_logit_difference": "max Δ logit"})
-    view.insert(1, "accuracy", [
-        f"{r.accuracy:.3f} [{r.accuracy_low:.3f}, {r.accuracy_high:.3f}]"
-        for r in quality.itertuples()
-    ])  # fmt: skip
-    lost = [f"{a:+.2f} [{b:+.2f}, {c:+.2f}]" for a, b, c in zip(loss, low, high, strict=True)]
+    view = quality[["variant", "batch_size", *columns]].rename(
+        columns={"batch_size": "batch", "max_logit_difference": "max Δ logit"}
+    )
+    view.insert(2, "accuracy", interval("accuracy", ".3f"))
+    lost = interval("accuracy_loss_points", "+.2f")
     return view.assign(**{"points lost": lost, "gate": quality.passes_gate})
 
 
 def latency_view(latency: pd.DataFrame) -> pd.DataFrame:
-    """`latency_table` with one row per variant: percentiles that the samples carry, speedups."""
-    columns = [name for name in latency if name.endswith("_ms")] + ["speedup"]
-    wide = latency.pivot(index="variant", columns="batch_size", values=columns)
+    """`latency_table`, a row per variant: percentiles that the samples carry, and speedups.
+
+    A speedup that is no further from 1 than the control's begins with a sign for about equal.
+    """
+    signs = np.where(latency.beyond_noise, "", "\u2248 ")
+    speedup = [f"{s}{value:.2f}" for s, value in zip(signs, latency.speedup, strict=True)]
+    columns = [*(name for name in latency if name.endswith("_ms")), "speedup"]
+    wide = latency.assign(speedup=speedup).pivot(
+        index="variant", columns="batch_size", values=columns
+    )
     wide = wide.loc[latency.variant.unique()].dropna(axis="columns", how="all")
     wide.columns = [
         f"{name.removesuffix('_ms')}, {'1 chip' if size == 1 else f'{size} chips'}"
@@ -108,9 +132,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     if below:
         corner = {"transform": axes[1].transAxes, "fontsize": 8, "ha": "right"}
         axes[1].text(0.98, 0.02, f"below this panel: {below}", **corner)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -154,15 +176,13 @@ def latency_distributions(samples: pd.DataFrame, title: str) -> Figure:
     axis.set_yticks(range(1, len(order) + 1), order)
     axis.set(xscale="log", xlabel="latency of one prediction (ms); box: quartiles, dots: outliers")
     _plain_log(axis.xaxis)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str) -> Figure:
     """Latency and answered rate against the offered load; capacity is the Offline rate."""
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.6))
-    for percentile, colour in zip((50, 90, 95), PALETTE, strict=False):
+    for percentile, colour in zip((50, 90), PALETTE, strict=False):
         axes[0].plot(
             curve.target_qps, curve[f"p{percentile}_ms"], "o-", color=colour, label=f"p{percentile}"
         )
@@ -179,9 +199,7 @@ def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str
         axis.axvline(capacity, color="0.4", linestyle="--", label="capacity (Offline)")
         axis.set(xlabel="offered load (queries per second, Poisson)", xlim=(0, None))
         axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
@@ -219,9 +237,7 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
     )
     _plain_log(axis.yaxis)
     _family_legend(axis, table.variant, "lower right")
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Figure:
@@ -231,8 +247,8 @@ def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Fig
     server = competition[competition.scenario == "Server"]
     axes[0].bar(offline.competing.astype(str), offline.answered_per_second, color=PALETTE[0])
     axes[0].set(xlabel="competing processes", ylabel="Offline (images/s)")
-    axes[1].bar(server.competing.astype(str), server.p95_ms, color=PALETTE[1])
-    axes[1].set(xlabel="competing processes", ylabel="p95 at half the capacity (ms)")
+    axes[1].bar(server.competing.astype(str), server.p90_ms, color=PALETTE[1])
+    axes[1].set(xlabel="competing processes", ylabel="p90 at half the capacity (ms)")
     groups = scaling.groupby("variant", sort=False)
     for (variant, rows), colour in zip(groups, PALETTE[2:], strict=False):
         ideal = rows.images_per_s.iloc[0] * rows.processes / rows.processes.iloc[0]
@@ -243,6 +259,4 @@ def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Fig
         xticks=scaling.processes.unique(),
     )  # fmt: skip
     axes[2].legend(fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import types
 
 import numpy as np
 import pandas as pd
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 from helpers import InputError, production_benchmarking
-from helpers.benchmarking import decision, load_generator, percentiles, quality
+from helpers.benchmarking import decision, latency, limits, load_generator, percentiles, quality
 from helpers.benchmarking.bench import BenchmarkConfig, open_bench
-from helpers.benchmarking.limits import flops_per_image, machine_limits
 from helpers.benchmarking.load_generator import LoadSettings, System
+from helpers.deployment.runtimes import Variant
 from helpers.models.classifier import ClassifierConfig, create_classifier
 from helpers.models.files import load_classifier, save_classifier
 from helpers.reporting import answers
+from helpers.reporting.benchmark_plots import captioned
 from helpers.training.config import RunConfig
 from helpers.training.methods import train
 from helpers.training.runs import save_run
@@ -73,8 +75,17 @@ def test_samples_needed_is_the_first_count_that_bounds_the_percentile(percentile
 def test_percentiles_without_the_samples_are_left_out():
     seconds = np.arange(100, 0, -1) / 1000
     found = percentiles.latency_percentiles(seconds)
-    assert (found["p50_ms"], found["p90_ms"], found["p95_ms"]) == (51, 91, 96)
+    # P(binomial(100, 0.9) <= 95) is the first above 0.95, P(binomial(100, 0.95) <= 98) too.
+    assert (found["p50_ms"], found["p90_ms"], found["p95_ms"]) == (51, 96, 99)
     assert np.isnan(found["p99_ms"])
+
+
+@pytest.mark.parametrize(("percentile", "n"), [(90, 29), (90, 200), (95, 80), (99, 299), (99, 900)])
+def test_a_percentile_shown_is_no_smaller_than_the_true_one_in_95_of_100_runs(percentile, n):
+    seconds = np.random.default_rng(0).exponential(size=(2000, n))
+    shown = [percentiles.latency_percentiles(run, [percentile]).popitem()[1] for run in seconds]
+    true = -1e3 * np.log(1 - percentile / 100)
+    assert np.mean(np.array(shown) >= true) > 0.94
 
 
 def test_a_percentile_with_too_few_samples_is_an_error(folder):
@@ -109,9 +120,11 @@ def test_results_agree_with_loadgens_own_log(scenario, tmp_path):
         assert row["samples"] >= 150
     else:
         kind = "per_query_" if scenario == "MultiStream" else ""
-        for q in (50, 90, 95, 99):
-            logged = detail[f"result_{q:.2f}_percentile_{kind}latency_ns"] / 1e6
-            assert row[f"p{q}_ms"] == pytest.approx(logged, rel=1e-6)
+        logged = {q: detail[f"result_{q:.2f}_percentile_{kind}latency_ns"] / 1e6
+                  for q in (50, 90, 95, 99)}  # fmt: skip
+        assert row["p50_ms"] == pytest.approx(logged[50], rel=1e-6)
+        # Those of the tail are bounds, LoadGen's are not.
+        assert all(row[f"p{q}_ms"] >= logged[q] * (1 - 1e-6) for q in (90, 95, 99))
         streams = load_generator.STREAMS if scenario == "MultiStream" else 1
         assert row["samples"] == streams * row["queries"]
         rate = detail.get("result_completed_samples_per_sec", row["answered_per_second"])
@@ -206,10 +219,29 @@ def test_a_variant_made_worse_fails_the_gate_and_an_equal_one_passes(folder):
         position = {chip.tobytes(): row for chip, row in zip(bench.chips, logits, strict=True)}
         return lambda chips: np.stack([position[chip.tobytes()] for chip in chips])
 
-    predicts = {"eager_fp32": answering(right), "same": answering(2 * right),
-                "worse": answering(wrong)}  # fmt: skip
-    table = quality.measure_quality(bench, predicts).set_index("variant")
-    assert table.passes_gate.to_dict() == {"eager_fp32": True, "same": True, "worse": False}
+    wrong_alone = lambda chips: answering(wrong if len(chips) == 1 else right)(chips)  # noqa: E731
+    infinite = np.full_like(right, np.inf)
+    predicts = {
+        "eager_fp32": answering(right),
+        "same": answering(2 * right),
+        "worse": answering(wrong),
+        "alone": wrong_alone,
+        "broken": answering(infinite),
+        "again": None,
+    }
+    options = {"alone": {"depends_on_batch": True}, "again": {"only_timed": True}}
+    variants = {
+        name: Variant(name, "", "torch", folder, (), options.get(name, {})) for name in predicts
+    }
+    found = quality.measure_quality(bench, variants, predicts)
+    assert list(zip(found.variant, found.batch_size, strict=True)) == [
+        ("eager_fp32", 8), ("same", 8), ("worse", 8), ("alone", 1), ("alone", 8), ("broken", 8)
+    ]  # fmt: skip
+    table = quality.worst_rows(found).set_index("variant")
+    assert table.passes_gate.to_dict() == {
+        "eager_fp32": True, "same": True, "worse": False, "alone": False, "broken": False
+    }  # fmt: skip
+    assert table.batch_size["alone"] == 1 and np.isnan(table.accuracy["broken"])
     assert table.accuracy_loss_points["worse"] == pytest.approx(5)
     assert table.accuracy_loss_points_low["worse"] == 0 < table.accuracy_loss_points_high["worse"]
     assert table.agreement["worse"] == pytest.approx(0.95)
@@ -236,16 +268,80 @@ def test_counted_operations_are_those_of_the_hand_formula(backbone, depth, width
     attention = 2 * 2 * tokens**2 * width
     stem, head = 2 * patches * (3 * 14 * 14) * width, 2 * width * 2
     expected = depth * (block + attention) + stem + head
-    assert flops_per_image(create_classifier(config)) == expected
+    assert limits.flops_per_image(create_classifier(config)) == expected
 
 
 def test_machine_limits_are_positive_rates():
-    limits = machine_limits("cpu", 1, side=256, repeats=2)
-    assert set(limits) == {"fp32", "bf16", "int8", "bytes_per_s"}
-    assert all(rate > 1e6 for rate in limits.values())
+    rates = limits.machine_limits("cpu", 1, sides=(128, 256))
+    assert set(rates) == {"fp32", "bf16", "int8", "bytes_per_s"}
+    assert all(rate > 1e6 for rate in rates.values())
+    assert min(rates["bf16"], rates["int8"]) >= rates["fp32"]
+
+
+def test_energy_counts_on_where_the_counter_of_a_package_begins_again(tmp_path, monkeypatch):
+    for package, limit in (("0", 262_143_000_000), ("1", 262_143_000_000)):
+        folder = tmp_path / f"intel-rapl:{package}"
+        folder.mkdir()
+        (folder / "max_energy_range_uj").write_text(f"{limit}\n")
+        (folder / "energy_uj").write_text("262142000000\n")
+    monkeypatch.setattr(limits, "_RAPL", tmp_path)
+    name, joules = limits.energy_meter("cpu")
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("9000000\n")
+    assert name == "RAPL, 2 CPU package(s)" and joules() == pytest.approx(10)
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("12000000\n")
+    assert joules() == pytest.approx(3)
+
+
+def test_a_gpu_is_metered_by_nvml_though_rapl_is_readable(tmp_path, monkeypatch):
+    """The GPU is found by its UUID, since NVML counts also those that are hidden from torch."""
+    millijoules = iter([1000, 4000])
+    found = []
+    monkeypatch.setattr(limits.torch.cuda, "get_device_properties",
+                        lambda index: types.SimpleNamespace(uuid="12-34"))  # fmt: skip
+    monkeypatch.setattr(limits.torch.cuda, "get_device_name", lambda index: "a GPU")
+    fake = types.SimpleNamespace(
+        NVMLError=OSError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=found.append,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(millijoules),
+    )
+    monkeypatch.setattr(limits, "pynvml", fake)
+    monkeypatch.setattr(limits, "_RAPL", tmp_path)
+    name, joules = limits.energy_meter("cuda")
+    assert name == "NVML, a GPU" and joules() == 3 and found == ["GPU-12-34"]
+    assert limits.energy_meter("cpu") is None
 
 
 # --- Decision ------------------------------------------------------------------------------------
+
+
+def test_no_more_than_the_noise_of_the_control_is_faster():
+    rows = [("eager_fp32", 1, 0.10), ("eager_fp32_again", 1, 0.08), ("onnx_fp32", 1, 0.085),
+            ("openvino_int8", 1, 0.05), ("eager_fp32", 8, 0.10), ("eager_fp32_again", 8, 0.10),
+            ("onnx_fp32", 8, 0.095), ("openvino_int8", 8, 0.12)]  # fmt: skip
+    samples = pd.DataFrame(rows * 6, columns=["variant", "batch_size", "seconds"])
+    table = latency.latency_table(samples, (50,)).set_index(["variant", "batch_size"])
+    assert table.beyond_noise.to_dict() == {
+        (name, size): name == "openvino_int8" for name, size, _ in rows
+    }
+
+
+def test_the_reference_is_recommended_where_others_are_ahead_by_noise():
+    summary = pd.DataFrame(
+        {
+            "variant": ["eager_fp32", "eager_fp32_again", "onnx_fp32"],
+            "passes_gate": [True, False, True],
+            "p50_ms": [10.0, 7.5, 8.0],
+            "images_per_s": [100.0, 100.0, 130.0],
+            "peak_mib": [500.0, 505.0, 490.0],
+        }
+    )
+    assert decision.decide(summary) == {
+        "lowest latency": "eager_fp32",  # the control was 1.33 times as fast
+        "highest throughput": "onnx_fp32",
+        "smallest memory": "eager_fp32",
+        "recommended": "eager_fp32",
+    }
 
 
 def test_only_variants_within_the_gate_are_recommended():
@@ -272,6 +368,7 @@ def test_only_variants_within_the_gate_are_recommended():
 def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
     arguments = ["--variants", "eager_fp32", "openvino_fp32", "sparse_2_4", "--load_fractions",
                  "0.5", "--competing", "0", "1", "--max_batch", "2"]  # fmt: skip
+    arguments[1:1] = ["pruned_50", "structured_recovered", "lora_merged"]
     for name in ("model_path", "data_path", "output_path", "results_path", "load_seconds"):
         arguments += [f"--{name}", str(getattr(configured(folder), name))]
     arguments += ["--percentiles", "50", "--batch_sizes", "1", "4", "--latency_samples", "6", "5"]
@@ -284,16 +381,36 @@ def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
     assert record["mlperf_submission"] is False
     assert record["config"]["max_batch"] == 2
     assert record["environment"]["packages"]["openvino"]
+    assert len(record["calibration"]) == 24 and record["calibration"][0].startswith("train/")
+    assert sorted(path.name for path in (folder / "results").iterdir()) == [
+        "benchmark_tiny.csv", "benchmark_tiny.json", "benchmark_tiny_latency.parquet"
+    ]  # fmt: skip
     table = pd.read_csv(folder / "results/benchmark_tiny.csv").set_index("variant")
-    assert list(table.index) == ["eager_fp32", "openvino_fp32", "sparse_2_4"]
+    assert list(table.index) == ["pruned_50", "structured_recovered", "lora_merged", "eager_fp32",
+                                 "eager_fp32_again", "openvino_fp32", "sparse_2_4"]  # fmt: skip
     assert "GPU" in table.unavailable["sparse_2_4"]
     assert table.peak_mib["openvino_fp32"] < table.peak_mib["eager_fp32"]  # no torch in it
-    scaling = pd.read_csv(folder / "results/benchmark_tiny_scaling.csv")
+    assert table.costs_as.dropna().to_dict() == {"pruned_50": "eager_fp32"}
+    assert table.p50_ms["pruned_50"] == table.p50_ms["eager_fp32"]
+    assert table.p50_ms["structured_recovered"] > 0
+    # An adapter without an update shows what it costs; its accuracy would show nothing.
+    without = table.loc[["lora_merged", "eager_fp32_again"]]
+    assert without.accuracy.isna().all() and without.p50_ms.gt(0).all()
+    scaling = pd.DataFrame(record["tables"]["scaling"])
     assert set(scaling.variant) >= {"eager_fp32"}
     for _, rows in scaling.groupby("variant"):
         assert rows.processes.tolist() == [1, 2] and rows.efficiency.iloc[0] == 1
-    competition = pd.read_csv(folder / "results/benchmark_tiny_competition.csv")
+    competition = pd.DataFrame(record["tables"]["competition"])
     assert competition.competing.tolist() == [0, 0, 1, 1]
+    scenarios = pd.DataFrame(record["tables"]["scenarios"])
+    control = scenarios[scenarios.variant == "eager_fp32_again"]
+    assert set(control.scenario) == {"SingleStream", "Offline"}
+
+
+def test_names_in_tables_are_text(folder):
+    table = pd.DataFrame({"variant": ["<img src=x onerror=alert(1)>"], "<b>": [1.5]})
+    page = captioned(table, "weights<script>alert(2)</script>").to_html()
+    assert not any(tag in page for tag in ("<img", "<b>", "<script>"))
 
 
 # --- What stops a benchmark ----------------------------------------------------------------------
@@ -346,6 +463,7 @@ def test_the_reference_must_be_among_the_variants(folder):
         ({"latency_bound_ms": 0}, "latency_bound_ms"),
         ({"variants": ("faster",)}, "variants"),
         ({"latency_samples": (6,)}, "1 numbers for 2 batch_sizes"),
+        ({"run_name": "../elsewhere"}, "run_name: '../elsewhere' .* use a plain file name"),
     ],
 )
 def test_wrong_parameters_are_named(folder, options, message):

@@ -1,7 +1,6 @@
 """The whole benchmark of one classifier: what the notebook shows and the command runs."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -44,20 +43,15 @@ class Benchmark:
     measured in that order; `save` asks for all of them.
     """
 
-    def __init__(self, config: BenchmarkConfig, report: Callable[[str], None] = print):
-        """Load the classifier and its data; raises as `open_bench`.
-
-        Args:
-            config: the parameters.
-            report: is told of every variant that is built.
-        """
-        self.config, self._report = config, report
+    def __init__(self, config: BenchmarkConfig):
+        """Load the classifier and its data; raises as `open_bench`."""
+        self.config = config
         self.bench: Bench = open_bench(config)
 
     @cached_property
     def _built(self) -> tuple[dict[str, Variant], dict[str, Predict], pd.DataFrame]:
         names = self.config.variant_names
-        return build_variants(self.bench.source, names, self.bench.threads, self._report)
+        return build_variants(self.bench.source, names, self.bench.threads)
 
     @property
     def variants(self) -> dict[str, Variant]:

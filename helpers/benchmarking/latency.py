@@ -10,6 +10,7 @@ import torch
 
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.percentiles import latency_percentiles
+from helpers.console import progress_bar
 from helpers.deployment.runtimes import Predict
 from helpers.deployment.variants.source import CONTROL, REFERENCE
 
@@ -32,7 +33,8 @@ def measure_latency(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
     rows = []
     for size, samples in zip(bench.config.batch_sizes, bench.config.latency_samples, strict=True):
         chips = np.resize(bench.chips, (size, *bench.chips.shape[1:]))
-        for done in range(0, samples, _TURN):
+        rounds = range(0, samples, _TURN)
+        for done in progress_bar(rounds, desc=f"timing predictions of {size}"):
             for name, predict in predicts.items():
                 predict(chips)
                 turn = min(_TURN, samples - done)

@@ -23,6 +23,7 @@ import pandas as pd
 
 from helpers import InputError
 from helpers.benchmarking.percentiles import PERCENTILES, latency_percentiles, samples_needed
+from helpers.console import progress_bar
 from helpers.deployment.runtimes import Predict
 
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
@@ -185,7 +186,11 @@ def run_scenario(
     if not settings.seconds > 0:
         raise InputError(f"load_seconds: {settings.seconds:g} is not positive")
     limit = settings.queue_limit if scenario == "Server" else 0
-    with tempfile.TemporaryDirectory() as temporary, system.serving(limit) as service:
+    with (
+        progress_bar(desc=f"LoadGen {scenario}"),
+        tempfile.TemporaryDirectory() as temporary,
+        system.serving(limit) as service,
+    ):
         folder = Path(log_folder or temporary)
         _start(service, _test_settings(scenario, expected_qps, settings, percentile), folder)
         detail, samples = read_detail(folder), read_samples(folder)

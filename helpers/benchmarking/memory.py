@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.benchmarking.bench import Bench
+from helpers.console import progress_bar
 from helpers.deployment.runtimes import Variant, worker_environment
 
 # Processes started side by side. Nearly all of a start is importing, which one core does, and
@@ -32,7 +33,8 @@ def measure_memory(bench: Bench, variants: Sequence[Variant]) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_AT_ONCE) as pool:
         chips = Path(folder) / "chips.npy"
         np.save(chips, bench.chips[:32])
-        return pd.DataFrame(pool.map(partial(_footprint, bench, chips), variants))
+        rows = pool.map(partial(_footprint, bench, chips), variants)
+        return pd.DataFrame(progress_bar(rows, desc="fresh processes", total=len(variants)))
 
 
 def _footprint(bench: Bench, chips: Path, variant: Variant) -> dict:

@@ -41,8 +41,7 @@ def captioned(table: pd.DataFrame, caption: str, precision: int = 3):
 
 
 def _titled(figure: Figure, title: str) -> Figure:
-    """The finished figure; a dollar in the name of a data set begins no formula."""
-    figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
 

@@ -79,9 +79,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(source):
-    lines = []
-    variants, _, table = build.build_variants(source, tuple(build.BUILDERS), 2, lines.append)
-    return variants, table.set_index("variant"), lines
+    variants, _, table = build.build_variants(source, tuple(build.BUILDERS), 2)
+    return variants, table.set_index("variant")
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +98,8 @@ def logits(source, predicts):
 
 
 def test_every_variant_is_built_or_listed_with_the_reason(built):
-    variants, table, lines = built
-    assert list(table.index) == list(build.BUILDERS) and len(lines) == len(table)
+    variants, table = built
+    assert list(table.index) == list(build.BUILDERS)
     missing = set(table.index) - set(variants)
     assert missing >= NEEDS_GPU and missing <= MAY_BE_MISSING
     assert table.unavailable[list(missing)].notna().all()
@@ -191,7 +190,7 @@ def test_recovery_trains(source, built, logits):
 
 def listed(source, *names):
     """Build variants of which none may run; return the reasons."""
-    variants, predicts, table = build.build_variants(source, names, 1, lambda line: None)
+    variants, predicts, table = build.build_variants(source, names, 1)
     assert variants == predicts == {}
     return table.unavailable
 
@@ -240,7 +239,7 @@ def test_half_precision_normalises_16_bit_chips_in_full_precision(tmp_path):
     source = make_source(tmp_path, classifier=classifier)
     source.train = examples
     names = ("eager_fp32", "bf16", "fp16")
-    _, predicts, _ = build.build_variants(source, names, 1, lambda line: None)
+    _, predicts, _ = build.build_variants(source, names, 1)
     expected = predicts["eager_fp32"](chips)
     for name in ("bf16", "fp16"):
         difference = np.abs(predicts[name](chips) - expected).max() / np.abs(expected).max()

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import InputError
+from helpers.console import progress_bar
 from helpers.deployment.runtimes import Predict, Variant, load
 from helpers.deployment.variants.onnx import (
     build_onnx_fp32,
@@ -90,7 +91,7 @@ BUILDERS: dict[str, Callable[[Source], Variant]] = {
 
 
 def build_variants(
-    source: Source, names: tuple[str, ...], threads: int, report: Callable[[str], None] = print
+    source: Source, names: tuple[str, ...], threads: int
 ) -> tuple[dict[str, Variant], dict[str, Predict], pd.DataFrame]:
     """Build variants one after the other, load each and let it predict once.
 
@@ -101,7 +102,6 @@ def build_variants(
         source: what they are made of.
         names: of `BUILDERS`.
         threads: of one prediction on the CPU.
-        report: is told of every variant.
 
     Returns:
         The variants and their loaded predict functions by name, and a table of all names:
@@ -113,7 +113,7 @@ def build_variants(
     source.folder.mkdir(parents=True, exist_ok=True)
     chips = source.train[0][:2].numpy()
     variants, predicts, rows = {}, {}, []
-    for name in names:
+    for name in progress_bar(names, desc="building variants"):
         try:
             with _quiet():
                 variant = BUILDERS[name](source)
@@ -133,7 +133,6 @@ def build_variants(
                     "mebibytes_on_disk": variant.bytes_on_disk / 2**20,
                 }
             )
-        report(f"{name}: {rows[-1].get('unavailable') or 'built'}")
         if name == REFERENCE and name not in variants:
             raise InputError(f"model_path: {name} cannot serve it: {rows[-1]['unavailable']}")
     columns = ["variant", "made", "arithmetic", "mebibytes_on_disk", "unavailable"]

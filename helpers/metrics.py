@@ -251,47 +251,26 @@ def paired_difference(
     return {"value": values[1] - values[0], "low": low, "high": high, "undefined": undefined}
 
 
-def metric_over_seeds(
-    targets: np.ndarray,
-    tables: Sequence[np.ndarray],
-    metric: str,
-    minus: Sequence[np.ndarray] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-    groups: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Mean of a metric over runs that differ in their seed, with one interval for that mean.
+def over_seeds(runs: Sequence[np.ndarray], seed: int = 0) -> dict[str, float]:
+    """Mean of a number over runs that differ in their seed, with one interval for that mean.
 
     A resample draws images (or whole groups, the same for all runs) and runs, both with
     replacement: the interval holds for other places and for other seeds. Few runs make it narrow
     on their side, and a single run has none of the spread of seeds in it.
 
     Args:
-        targets: (N,) class indices.
-        tables: one (N, classes) of probabilities per seed.
-        metric: a name in METRICS.
-        minus: the same of another method; the metric is then the difference, paired by seed.
-        resamples: number of bootstrap draws.
-        seed: of the draws.
-        groups: as in `bootstrap_metrics`.
+        runs: one array (1 + resamples,) per seed: the number itself, then its value in every
+            bootstrap draw of images, as from `bootstrap_metrics` with equal seeds.
+        seed: of the draws of runs.
 
     Returns:
         `value`, and `low` and `high` of the 95 % percentile interval.
     """
-    ones = np.ones((1, len(targets)))
-
-    def values_and_draws(probabilities) -> np.ndarray:
-        value = weighted_metrics(targets, probabilities, ones)[metric]
-        draws = bootstrap_metrics(targets, probabilities, resamples, seed, groups)[metric]
-        return np.concatenate([value, draws])
-
-    runs = np.stack([values_and_draws(table) for table in tables])
-    if minus is not None:
-        runs = runs - np.stack([values_and_draws(table) for table in minus])
-    drawn = np.random.default_rng(seed).integers(len(runs), size=(len(runs), resamples))
-    means = np.take_along_axis(runs[:, 1:], drawn, axis=0).mean(axis=0)
+    table = np.stack(runs)
+    drawn = np.random.default_rng(seed).integers(len(table), size=(len(table), table.shape[1] - 1))
+    means = np.take_along_axis(table[:, 1:], drawn, axis=0).mean(axis=0)
     low, high = np.nanpercentile(means, [2.5, 97.5])
-    return {"value": float(runs[:, 0].mean()), "low": float(low), "high": float(high)}
+    return {"value": float(table[:, 0].mean()), "low": float(low), "high": float(high)}
 
 
 def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
@@ -312,6 +291,7 @@ def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     return means.assign(images=table.groupby("bin").size()).reset_index(drop=True)
 
 
-def with_interval(entry: Mapping[str, float] | pd.Series) -> str:
+def with_interval(entry: Mapping[str, float] | pd.Series, digits: int = 3) -> str:
     """`value [low, high]` of an entry with these names, as tables and sentences show it."""
-    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**entry)
+    value, low, high = (f"{entry[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

@@ -8,7 +8,7 @@ from helpers.metrics import (
     bootstrap_metrics,
     evaluate,
     mcnemar,
-    metric_over_seeds,
+    over_seeds,
     paired_difference,
     reliability,
     weighted_metrics,
@@ -166,26 +166,16 @@ def test_reliability_bins_hold_every_image_once_and_give_the_calibration_error()
     assert gaps.sum() == pytest.approx(error)
 
 
-def test_a_mean_over_seeds_has_one_interval_for_places_and_seeds():
+def test_a_mean_over_seeds_has_one_interval_for_draws_and_seeds():
     rng = np.random.default_rng(0)
-    targets = rng.integers(0, 2, 120)
-    groups = np.repeat(np.arange(12), 10).astype(str)
-
-    def table(skill):
-        score = 1 / (1 + np.exp(-(skill * (targets - 0.5) + rng.normal(size=120))))
-        return np.stack([1 - score, score], axis=1)
-
-    worse, better = ([table(skill) for _ in range(3)] for skill in (1.0, 3.0))
-    one = metric_over_seeds(targets, better[:1], "auroc")
-    assert one == pytest.approx(
-        evaluate(targets, better[0]).loc["auroc", ["value", "low", "high"]].to_dict()
+    draws = np.concatenate([[0.9], rng.normal(0.9, 0.01, 4000)])
+    alone = over_seeds([draws])
+    assert alone["value"] == 0.9
+    assert alone == pytest.approx(
+        {"value": 0.9, "low": 0.9 - 0.0196, "high": 0.9 + 0.0196}, abs=1e-3
     )
-    gain = metric_over_seeds(targets, better, "auroc", minus=worse, groups=groups)
-    assert gain["low"] > 0
-    means = [metric_over_seeds(targets, runs, "auroc")["value"] for runs in (worse, better)]
-    assert gain["value"] == pytest.approx(means[1] - means[0])
-    nothing = metric_over_seeds(targets, better, "auroc", minus=better)
-    assert nothing == {"value": 0, "low": 0, "high": 0}
-    mixed = metric_over_seeds(targets, [worse[0], better[0]], "auroc")
-    single = metric_over_seeds(targets, better[:1], "auroc")
-    assert mixed["high"] - mixed["low"] > single["high"] - single["low"]
+    # Equal draws: the mean of two equal runs is as uncertain as one. Apart: the seeds count too.
+    assert over_seeds([draws, draws]) == pytest.approx(alone)
+    apart = over_seeds([draws - 0.05, draws + 0.05])
+    assert apart["value"] == pytest.approx(0.9)
+    assert apart["high"] - apart["low"] > 2 * (alone["high"] - alone["low"])

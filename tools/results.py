@@ -1,9 +1,9 @@
-"""Rebuild tables, figures and README from the committed records, without training: `make results`.
+"""Rebuild tables, figures and READMEs from the committed records, without training: `make results`.
 
 What comes in: the histories, predictions and records of the comparisons, the tables of the
-benchmarks, and the shortcut checks, all CSV and JSON. What goes out: the comparisons' figures and
-tables beside them, and the parts of the README between `<!-- make results: NAME -->` and
-`<!-- end -->`.
+benchmarks, and the shortcut checks. What goes out: the comparisons' figures, and the parts between
+`<!-- make results: NAME -->` and `<!-- end -->` of README.md and of the page of each data set.
+Every answer stands once more where its link leads, from the same record.
 """
 
 import argparse
@@ -18,18 +18,17 @@ from papermill.iorw import read_yaml_file
 
 from helpers.evaluation import comparison
 from helpers.evaluation.baselines import read_baselines
-from helpers.evaluation.robustness import accuracy_by_group, accuracy_intervals
+from helpers.evaluation.seeds import method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, plots
 from helpers.training.runs import Run
 
-METRICS = ("accuracy", "f1", "auroc", "average_precision", "brier")
+DEPLOYED = "Which form should be deployed?"
 # Benchmark variants that the README shows; the others are in the linked table.
 SHOWN = (
     "eager_fp32",
     "lora_unmerged",
-    "lora_merged",
     "bf16",
     "compiled_fp32",
     "onnx_int8_dynamic",
@@ -38,8 +37,6 @@ SHOWN = (
     "pruned_50",
     "structured_recovered",
 )
-MATTERS = 0.001  # a smaller difference of AUROC is a "no", however certain it is
-SMALL_PLACE = 50  # test chips; the worst place is looked for among larger ones
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class Published:
     """What is published of one data set.
 
     Args:
-        folder: holds the notebooks, `training_history`, `figures` and `benchmark_results`,
-            relative to the project's folder.
+        folder: holds `training_history`, `figures`, `benchmark_results` and the notebooks, relative
+            to the project's folder.
         parameters: that finetune_lora.ipynb was run with.
         benchmark: name of the benchmark's results.
     """
@@ -77,33 +74,33 @@ class Published:
         return comparison.main_runs(self.all_runs, self.config)
 
     @cached_property
-    def baselines(self) -> dict[str, dict]:
-        """Test metrics of what a model must beat, by name."""
-        return read_baselines(self.config)["test"]
+    def means(self) -> pd.DataFrame:
+        """Test accuracy and AUROC of every method, over its seeds."""
+        draws = {pair: test_draws(run.test_predictions) for pair, run in self.runs.items()}
+        return method_means(self.runs, draws, ("accuracy", "auroc"))
 
     @cached_property
-    def tests(self) -> pd.DataFrame:
-        """Paired tests of every two methods."""
-        return comparison.paired_tests(self.runs)
+    def baselines(self) -> dict[str, dict]:
+        """What knows no shapes, by name."""
+        return read_baselines(self.config)["test"]
 
     def table(self, name: str) -> pd.DataFrame:
         """One of the committed tables, by its path below the folder."""
         return pd.read_csv(ROOT / self.folder / name)
 
-    @property
-    def recommended(self) -> str:
-        """The variant that the benchmark says to deploy."""
-        record = ROOT / self.folder / "benchmark_results" / f"{self.benchmark}.json"
-        return json.loads(record.read_text())["decision"]["recommended"]
+    @cached_property
+    def served(self) -> tuple[pd.DataFrame, str]:
+        """The benchmark's summary by variant, and the variant that it says to deploy."""
+        path = ROOT / self.folder / "benchmark_results" / self.benchmark
+        record = json.loads(path.with_name(f"{path.name}.json").read_text())
+        return pd.read_csv(f"{path}.csv").set_index("variant"), record["decision"]["recommended"]
 
-    @property
-    def served(self) -> pd.DataFrame:
-        """The benchmark's summary, by variant."""
-        return self.table(f"benchmark_results/{self.benchmark}.csv").set_index("variant")
-
-    def link(self, notebook: str, section: str) -> str:
-        """Markdown link to the section of a notebook."""
-        return f"([shown here]({self.folder / notebook}.ipynb#{section}))"
+    @cached_property
+    def answers(self) -> dict[str, str]:
+        """Question -> answer, from the records."""
+        shortcuts = self.table("figures/lora_shortcuts.csv")
+        said = answers.comparison_answers(self.config, self.runs, shortcuts)
+        return said | {DEPLOYED: answers.form_answer(*self.served)}
 
 
 def published() -> dict[str, Published]:
@@ -122,36 +119,28 @@ def published() -> dict[str, Published]:
 # --- Figures and their tables ---------------------------------------------------------------------
 
 
-def rebuild(own: Published) -> None:
+def rebuild(data_set: Published) -> None:
     """Draw the comparison's figures again and write the tables behind them."""
-    figures = ROOT / own.folder / "figures"
-    rows = comparison.test_rows(own.runs, METRICS)
-    costs = comparison.cost_table(own.runs)
-    histories = comparison.histories(own.runs)
-    curves, reliability = (
-        comparison.operating_points(own.runs),
-        comparison.reliability_rows(own.runs),
-    )
+    figures = ROOT / data_set.folder / "figures"
+    title = data_set.config.title
+    histories = comparison.histories(data_set.runs)
+    curves = comparison.operating_points(data_set.runs)
+    reliability = comparison.reliability_rows(data_set.runs)
+    headline = comparison.headline_rows(data_set.all_runs, data_set.config)
     drawn = {
-        "lora_curves": (plots.method_curves(histories, own.config.title), histories),
-        "lora_roc_pr": (plots.operating_curves(curves, f"Test split, {own.config.title}"), curves),
-        "lora_reliability": (plots.reliability_diagram(reliability, own.config.title), reliability),
+        "lora_curves": plots.method_curves(histories, title),
+        "lora_roc_pr": plots.operating_curves(curves, f"Test split, {title}"),
+        "lora_reliability": plots.reliability_diagram(reliability, title),
+        "lora_headline": plots.headline(headline, title),
     }
-    if own.config.ranks or own.config.target_sets:
-        shapes = comparison.by_shape(own.all_runs, own.config, "accuracy")
-        figure = plots.against(shapes, "trainable_parameters", "accuracy", own.config.title)
-        drawn["lora_ranks"] = figure, shapes
-    headline = comparison.headline_rows(own.all_runs, own.config)
-    drawn["lora_headline"] = plots.headline(headline, own.config.title), headline
-    for name, (figure, table) in drawn.items():
-        plots.save(figure, figures / f"{name}.png", table)
-    tables = {"test": rows, "paired_tests": own.tests, "costs": costs.reset_index()}
-    for name, table in tables.items():
-        with written_whole(figures / f"lora_{name}.csv") as part:
-            table.to_csv(part, index=False, float_format="%.6g")
+    if data_set.config.ranks or data_set.config.target_sets:
+        shapes = comparison.by_shape(data_set.all_runs, data_set.config, "accuracy")
+        drawn["lora_ranks"] = plots.against(shapes, "trainable_parameters", "accuracy", title)
+    for name, figure in drawn.items():
+        plots.save(figure, figures / f"{name}.png")
 
 
-# --- Parts of the README --------------------------------------------------------------------------
+# --- Parts of the READMEs -------------------------------------------------------------------------
 
 
 def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
@@ -160,40 +149,71 @@ def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def methods_table(own: Published) -> str:
-    """Test accuracy and AUROC of every method, and what it costs."""
-    rows = comparison.test_rows(own.runs, ("accuracy", "auroc"))
-    summary, costs = comparison.test_summary(rows), comparison.cost_table(own.runs)
-    colour = own.baselines["colour statistics"]
-    lines = [
-        (
-            "colour statistics",
-            with_interval(colour["accuracy"]),
-            with_interval(colour["auroc"]),
-            *"----",
-        )
-    ]
-    for method, cost in costs.iterrows():
-        seeds = sum(name == method for name, _ in own.runs)
+def methods_table(data_set: Published) -> str:
+    """Test accuracy and AUROC of every method and baseline, and what it costs."""
+    costs = comparison.cost_table(data_set.runs)
+    lines = []
+    for name, metrics in data_set.baselines.items():
+        cells = [_entry(metrics[metric]) for metric in ("accuracy", "auroc")]
+        lines.append((name, *cells, *"----"))
+    for method, rows in data_set.means.groupby("method", sort=False):
+        rows = rows.set_index("metric")
+        histories = [run.history for (name, _), run in data_set.runs.items() if name == method]
+        best = [h.valid_auroc[h.valid_loss.idxmin()] for h in histories]
+        seconds = pd.concat([h.seconds for h in histories])
+        cells = [
+            f"{with_interval(row, 4)}, seeds {row.least:.4f} to {row.most:.4f}"
+            for _, row in rows.loc[["accuracy", "auroc"]].iterrows()
+        ]
         lines.append(
             (
-                f"`{method}`, {seeds} seeds",
-                summary.accuracy[method],
-                summary.auroc[method],
-                f"{cost.trainable_parameters:,.0f}",
-                f"{cost.bytes_to_keep / 1e3:,.0f}",
-                f"{cost.seconds_per_epoch:.3g}",
-                f"{cost.peak_memory_bytes / 1e9:.2f}",
+                f"`{method}`, {len(histories)} seeds",
+                *cells,
+                f"{sum(best) / len(best):.4f}",
+                f"{costs.trainable_parameters[method]:,}",
+                f"{costs.bytes_to_keep[method] / 1e3:,.0f}",
+                f"{seconds.median():.3g} ({seconds.min():.3g} to {seconds.max():.3g})",
             )
         )
-    header = ("method", "accuracy", "AUROC", "trained", "kB to keep", "s per epoch", "peak GB")
+    header = ("method", "accuracy", "AUROC", "AUROC on validation", "trained", "kB to keep",
+              "s per epoch")  # fmt: skip
     return markdown(header, lines)
 
 
-def shapes_table(own: Published) -> str:
+def _entry(entry: dict[str, float]) -> str:
+    """A metric of a record with the interval over places, where there is one."""
+    return with_interval({end: entry.get(f"group_{end}", entry[end]) for end in entry}, 4)
+
+
+def caveats(data_set: Published) -> str:
+    """What must stand beside every number on Hurricane Harvey, counted from its predictions.
+
+    The name of a chip is its coordinates; the shares of the backbone's images are those of its
+    card (`example/BACKBONE_CARD.md`).
+    """
+    chips = comparison.first_seed(data_set.runs)["lora"].test_predictions
+    place = chips.img_path.str.split("/").str[-1]
+    damaged, undamaged = (set(place[chips.label == name]) for name in ("damage", "no_damage"))
+    twins = len(damaged & undamaged) / len(damaged)
+    two = chips.group.value_counts(normalize=True).head(2).sum()
+    trained = data_set.runs["lora", data_set.config.seeds[0]].record["chips"]["train"]
+    return (
+        f"Read these numbers with three things in mind. The backbone has seen the {trained:,} "
+        f"training chips before, without labels: they are {trained / BACKBONE_IMAGES:.0%} of what "
+        f"it was distilled on. The labels are largely before and after: {twins:.0%} of the damaged "
+        "test chips have an undamaged one at the same coordinates, so what tells the acquisitions "
+        f"apart tells the classes apart. And two of the {chips.group.nunique()} test places hold "
+        f"{two:.0%} of the test chips, so intervals over places rest on few."
+    )
+
+
+BACKBONE_IMAGES = 9_135  # chips of the distillation, from example/BACKBONE_CARD.md
+
+
+def shapes_table(data_set: Published) -> str:
     """Ranks and layers of LoRA: parameters, mean accuracy and AUROC with the range over seeds."""
     parts = [
-        comparison.by_shape(own.all_runs, own.config, metric).assign(metric=metric)
+        comparison.by_shape(data_set.all_runs, data_set.config, metric).assign(metric=metric)
         for metric in ("accuracy", "auroc")
     ]
     table = pd.concat(parts)
@@ -208,9 +228,9 @@ def shapes_table(own: Published) -> str:
     return markdown(("layers", "rank", "trained", "accuracy", "AUROC"), lines)
 
 
-def serving_table(own: Published) -> str:
+def serving_table(data_set: Published) -> str:
     """What the deployable forms cost."""
-    summary, recommended = own.served, own.recommended
+    summary, recommended = data_set.served
     eager = summary.loc["eager_fp32"]
     lines = []
     for name in SHOWN:
@@ -246,9 +266,9 @@ def training_speed_table() -> str:
     table = pd.read_csv(ROOT / "benchmark_results/training_speed.csv")
     lines = []
     for (backbone, size), rows in table.groupby(["backbone", "image_size_px"], sort=False):
-        own = rows.set_index(["loop", "precision", "compiled"])
+        loops = rows.set_index(["loop", "precision", "compiled"])
         plain, fp32, compiled, bf16 = (
-            own.loc[key]
+            loops.loc[key]
             for key in (
                 ("plain", "fp32", False),
                 ("project", "fp32", False),
@@ -279,134 +299,51 @@ def training_speed_table() -> str:
 
 
 def questions_table(sets: dict[str, Published]) -> str:
-    """The project's questions with one-line answers for every published data set."""
-    answers = [answers_for(own) for own in sets.values()]
-    lines = [(f"**{question}**", *(a[question] for a in answers)) for question in answers[0]]
-    header = ("question", "Hurricane Harvey, satellite", "embedded example, aerial")
-    return markdown(header, lines)
+    """The project's questions with short answers for every published data set."""
+    harvey, example = sets["hurricane_harvey"], sets["example"]
+    lines = []
+    for question, answer in harvey.answers.items():
+        page = f"([shown here]({harvey.folder}/README.md#Answers))"
+        section = "finetune_lora.ipynb#The-answers"
+        if question == DEPLOYED:
+            section = "benchmark.ipynb#The-decision"
+        other = f"{example.answers[question]} ([shown here]({section}))"
+        lines.append((f"**{question}**", f"{answer} {page}", other))
+    return markdown(("question", "Hurricane Harvey, satellite", "embedded example, aerial"), lines)
 
 
-def answers_for(own: Published) -> dict[str, str]:
-    """Question -> answer, as Markdown, from the committed tables of one data set."""
-    seed = own.config.seeds[0]
-    ours, colour = own.runs["head_only", seed].record["test"], own.baselines["colour statistics"]
-    good = ours["auroc"]["low"] > colour["auroc"]["high"]
-    shortcuts = own.table("figures/setup_shortcuts.csv").set_index(["chips", "head"]).auroc
-    refitted = shortcuts.xs("refitted", level="head")
-    alone = refitted["acquisition statistics alone"]
-    worst = refitted.drop(["as it is", "acquisition statistics alone"])
-    costs = comparison.cost_table(own.runs)
-    hours = comparison.full_set_cost(own.runs).hours_per_pass
-    parts = own.runs["lora", seed].record["parameters"]
-    chosen = own.recommended
-    served = own.served
-    eager, best = served.loc["eager_fp32"], served.loc[chosen]
-    pair = {
-        second: own.tests[(own.tests["first"] == first) & (own.tests.second == second)]
-        for first, second in (("head_only", "lora"), ("lora", "dora"))
-    }
-    slower = costs.seconds_per_epoch["dora"] / costs.seconds_per_epoch["lora"]
-    return {
-        "Does training only the head give good results?": (
-            f"{'Yes' if good else 'Not clearly'}: accuracy "
-            f"{with_interval(ours['accuracy'])}, AUROC {with_interval(ours['auroc'])}; "
-            "colour statistics reach "
-            f"{colour['accuracy']['value']:.3f} and {colour['auroc']['value']:.3f} "
-            f"{own.link('setup_finetune', 'The-answer')}"
-        ),
-        "Does it read the ground, or the acquisition?": (
-            f"Sharpness, haze and brightness alone reach an AUROC of {alone:.3f}; the features "
-            f"{refitted['as it is']:.3f}, and {worst.min():.3f} with the worst cue taken away "
-            f"({worst.idxmin()}) "
-            f"{own.link('setup_finetune', 'What-does-it-read?-A-check-for-shortcuts')}"
-        ),
-        "Does LoRA improve on it?": (
-            f"{in_a_word(pair['lora'])}: {answers.pair_numbers(pair['lora'])}; by its interval "
-            f"{answers.pair_verdict(pair['lora'])} {own.link('finetune_lora', 'The-answers')}"
-        ),
-        "Is DoRA worth its extra cost?": (
-            f"{in_a_word(pair['dora'])}: {answers.pair_numbers(pair['dora'])}; "
-            f"{slower:.2f} times the time per epoch {own.link('finetune_lora', 'The-answers')}"
-        ),
-        "What does LoRA add?": (
-            f"{parts['lora']:,} weights beside {', '.join(own.config.lora_targets)} and a head of "
-            f"{parts['head']:,}, {costs.bytes_to_keep['lora'] / 1e3:,.0f} kB per task; nothing "
-            f"remains after merging {own.link('finetune_lora', 'What-it-costs')}"
-        ),
-        "Is it as good at every place?": place_answer(own),
-        "Can it be used on a full data set?": (
-            f"A million chips: head-only one pass of {hours['head_only']:.1f} hours, three epochs "
-            f"of LoRA {3 * hours['lora']:.0f} hours "
-            f"({own.runs['lora', seed].record['environment']['machine']['torch_threads']} CPU "
-            f"thread(s)) {own.link('finetune_lora', 'The-answers')}"
-        ),
-        "Which form should be deployed?": (
-            f"`{chosen}`: {best.accuracy_loss_points:+.2f} points of accuracy lost, "
-            f"{eager.p50_ms / best.p50_ms:.1f} times as fast for one chip, "
-            f"{best.images_per_s / eager.images_per_s:.1f} times in batches, "
-            f"{best.mebibytes_on_disk / eager.mebibytes_on_disk:.2f} of the file "
-            f"{own.link('benchmark', 'The-decision')}"
-        ),
-    }
-
-
-def in_a_word(own: pd.DataFrame) -> str:
-    """Whether one method improves on another; rows of `compare.paired_tests` of that pair."""
-    better, worse = (own.low > 0).mean(), (own.high < 0).mean()
-    if own.auroc_difference.abs().mean() < MATTERS:
-        return "No, the difference is too small to matter"
-    if worse > 0.5:
-        return "No, it is worse"
-    if better == 1:
-        return "Yes"
-    return "A little, with most seeds" if better > 0.5 else "Not clearly"
-
-
-def place_answer(own: Published) -> str:
-    """How sure LoRA's accuracy is over places, and how far it falls at the worst of the larger."""
-    predictions = own.runs["lora", own.config.seeds[0]].test_predictions
-    by_chip, by_place = accuracy_intervals(predictions)
-    places = accuracy_by_group(predictions)
-    large = places[places.chips >= SMALL_PLACE]
-    worst = ""
-    if len(large):
-        row = large.loc[large.accuracy.idxmin()].rename({"accuracy": "value"})
-        worst = (
-            f"; worst of the {len(large)} with {SMALL_PLACE} chips or more: "
-            f"{with_interval(row)}, best: {large.accuracy.max():.3f}"
-        )
-    return (
-        f"LoRA's accuracy {with_interval(by_chip)} becomes "
-        f"[{by_place.low:.3f}, {by_place.high:.3f}] when whole places are drawn "
-        f"({len(places)}){worst} "
-        f"{own.link('finetune_lora', 'Where-on-the-ground')}"
-    )
-
-
-def readme_parts(sets: dict[str, Published]) -> dict[str, str]:
-    """What stands between the marks of the README, by name."""
+def pages(sets: dict[str, Published]) -> dict[str, dict[str, str]]:
+    """Page -> name of a part -> what stands between its marks."""
     harvey, example = sets["hurricane_harvey"], sets["example"]
     return {
-        "methods": methods_table(harvey),
-        "questions": questions_table(sets),
-        "shapes": shapes_table(harvey),
-        "training_speed": training_speed_table(),
-        "serving": serving_table(harvey),
-        "serving_example": serving_table(example),
+        "README.md": {
+            "methods": methods_table(harvey),
+            "caveats": caveats(harvey),
+            "questions": questions_table(sets),
+            "shapes": shapes_table(harvey),
+            "training_speed": training_speed_table(),
+            "serving": serving_table(harvey),
+            "serving_example": serving_table(example),
+        },
+        str(harvey.folder / "README.md"): {
+            "caveats": caveats(harvey),
+            "answers": answers.listed(harvey.answers),
+            "methods": methods_table(harvey),
+        },
     }
 
 
-def renew(readme: str, parts: dict[str, str]) -> str:
-    """The README with every marked part replaced.
+def renew(page: str, parts: dict[str, str]) -> str:
+    """A page with every marked part replaced.
 
     Raises:
         ValueError: a part has no place, or a place no part.
     """
     pattern = re.compile(r"(<!-- make results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    places = [match[1] for match in pattern.findall(readme)]
+    places = [match[1] for match in pattern.findall(page)]
     if sorted(places) != sorted(parts):
-        raise ValueError(f"README.md has places for {places}, results are {list(parts)}")
-    return pattern.sub(lambda match: f"{match[1]}{parts[match[2]]}\n{match[3]}", readme)
+        raise ValueError(f"the page has places for {places}, results are {list(parts)}")
+    return pattern.sub(lambda match: f"{match[1]}{parts[match[2]]}\n{match[3]}", page)
 
 
 def main() -> None:
@@ -414,12 +351,12 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     plots.use_style()
     sets = published()
-    for own in sets.values():
-        rebuild(own)
-    readme = ROOT / "README.md"
-    with written_whole(readme) as part:
-        part.write_text(renew(readme.read_text(), readme_parts(sets)))
-    print("renewed README.md and", ", ".join(str(own.folder / "figures") for own in sets.values()))
+    for data_set in sets.values():
+        rebuild(data_set)
+    for name, parts in pages(sets).items():
+        with written_whole(ROOT / name) as part:
+            part.write_text(renew((ROOT / name).read_text(), parts))
+    print("renewed", ", ".join(pages(sets)), "and the figures of", ", ".join(sets))
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def scan(
         except InputError as error:
             return {"img_path": img_path, "reason": str(error)}
 
-    paths, found, skipped = entries["img_path"].tolist(), [], []
+    paths, tables, skipped = entries["img_path"].tolist(), [], []
     bar = progress_bar(total=len(paths), desc="reading chips", unit="chip")
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 1024):  # in portions, so that the queue stays short
@@ -270,11 +270,12 @@ def scan(
             for facts in pool.map(inspect, paths[start : start + 1024]):
                 (skipped if "reason" in facts else read).append(facts)
                 bar.update()
-            for facts, look in zip(read, looks([f.pop("thumbnail") for f in read]), strict=True):
-                found.append(facts | {"look": look})
+            hashes = looks([facts.pop("thumbnail") for facts in read])
+            # A table a portion: a dict a chip takes several kB.
+            tables.append(pd.DataFrame(read).assign(look=list(hashes)))
     unread = pd.DataFrame(skipped, columns=["img_path", "reason"])
     manifest = entries[~entries["img_path"].isin(unread["img_path"])].reset_index(drop=True)
-    return manifest.assign(**pd.DataFrame(found)), unread
+    return manifest.assign(**pd.concat(tables, ignore_index=True)), unread
 
 
 def unreadable_message(root: Path, skipped: pd.DataFrame, total: int) -> str:

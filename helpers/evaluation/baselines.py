@@ -19,7 +19,7 @@ from helpers.data.dataset import ChipData, ChipDataset, DataConfig
 from helpers.metrics import metric_columns
 from helpers.models.architectures import BACKBONE_HELP
 from helpers.models.classifier import head_columns
-from helpers.records import environment, write_json
+from helpers.records import environment, write_json, written_whole
 from helpers.training.config import RunConfig, TrainingConfig
 from helpers.training.examples import batches
 from helpers.training.runs import metric_entries, predictions_table
@@ -102,7 +102,8 @@ def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str,
     Returns:
         The record in `history_path/baselines_<data>.json`: `test`, with the metrics of `majority
         class`, `colour statistics` and `acquisition statistics` as in the record of a run, and
-        what they were computed from (`data_fingerprint`, `image_size`).
+        what they were computed from (`data_fingerprint`, `image_size`). Their predictions of the
+        test split stand in the Parquet file of the same name, for paired differences.
     """
     source = {"data_fingerprint": data.fingerprint, "image_size": config.image_size}
     try:
@@ -123,15 +124,18 @@ def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str,
             acquisition_statistics(train), targets, acquisition_statistics(test)
         ),
     }
+    tables = {
+        name: predictions_table(data, {"test": values}) for name, values in probabilities.items()
+    }
     record = {
         "data": Path(config.data_path).name,
         **source,
-        "test": {
-            name: metric_entries(predictions_table(data, {"test": values}))
-            for name, values in probabilities.items()
-        },
+        "test": {name: metric_entries(table) for name, table in tables.items()},
         "environment": environment(),
     }
+    predictions = pd.concat([table.assign(run=name) for name, table in tables.items()])
+    with written_whole(_baselines_file(config).with_suffix(".parquet")) as part:
+        predictions.to_parquet(part, index=False)
     write_json(_baselines_file(config), record)
     return record
 
@@ -148,6 +152,15 @@ def read_baselines(config: TrainingConfig) -> dict[str, Any]:
         return record | {"test": dict(record["test"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no baselines ({error}); any training writes them") from error
+
+
+def read_baseline_predictions(config: TrainingConfig) -> dict[str, pd.DataFrame]:
+    """The predictions of the test split by every baseline, by name, as in `Run.predictions`."""
+    table = pd.read_parquet(_baselines_file(config).with_suffix(".parquet"))
+    return {
+        name: rows.drop(columns="run").reset_index(drop=True)
+        for name, rows in table.groupby("run", sort=False)
+    }
 
 
 def _baselines_file(config: TrainingConfig) -> Path:

@@ -166,12 +166,6 @@ def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
-def accuracy_against_cost(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy rows of `test_rows` with the method's `trainable_parameters`."""
-    accuracy = rows[rows.metric == "accuracy"]
-    return accuracy.merge(costs.trainable_parameters, left_on="method", right_index=True)
-
-
 def _shown(run: Run, metric: str) -> dict[str, float]:
     """A test metric's value and interval over images."""
     return {column: run.record["test"][metric][column] for column in ("value", "low", "high")}
@@ -184,19 +178,6 @@ def test_rows(runs: dict[tuple[str, int], Run], metrics: tuple[str, ...]) -> pd.
         for (method, seed), run in runs.items()
         for metric in metrics
     )
-
-
-def test_summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds, spread over seeds and mean interval over images, one row a method."""
-
-    def line(seeds: pd.DataFrame) -> str:
-        digits = 4 if (seeds.high - seeds.low).mean() < 0.01 else 3  # what the interval can carry
-        numbers = (*seeds[["value", "low", "high"]].mean(), seeds.value.min(), seeds.value.max())
-        value, low, high, least, most = (f"{number:.{digits}f}" for number in numbers)
-        return f"{value} [{low}, {high}]" + (f", seeds {least} to {most}" if len(seeds) > 1 else "")
-
-    cells = {key: line(seeds) for key, seeds in rows.groupby(["method", "metric"], sort=False)}
-    return pd.Series(cells).unstack().loc[rows.method.unique(), rows.metric.unique()]
 
 
 def paired_tests(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:

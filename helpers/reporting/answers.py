@@ -1,4 +1,4 @@
-"""Every sentence that is generated from numbers."""
+"""Every sentence that is generated from numbers, and the numbers that decide its words."""
 
 import html
 import math
@@ -8,182 +8,217 @@ import pandas as pd
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.benchmark import Benchmark
 from helpers.benchmarking.limits import energy_meter
-from helpers.evaluation.comparison import first_seed, full_set_cost
-from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_intervals
+from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
+from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
+from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_by_group, accuracy_intervals
+from helpers.evaluation.seeds import gain_over, method_gains, method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import environment
+from helpers.training.config import RunConfig, TrainingConfig
 from helpers.training.runs import Run
 
+MATTERS = 0.001
+"""A mean difference of AUROC below this is not worth a second method, however certain it is: on
+10,000 pairs of a positive and a negative chip it turns ten."""
+TELLS = 0.75
+"""AUROC above which a cue alone gives much of an answer away: halfway from guessing to right."""
+SMALL_PLACE = 20
+"""Test chips below which a place's accuracy is not called the worst: one chip is five points."""
 
-def conclusion(record: dict, baselines: dict) -> str:
-    """What a head-only run's test metrics say beside the baselines', as a Markdown paragraph."""
-    name, own = record["backbone"], record["test"]
-    majority, colour = (baselines["test"][n] for n in ("majority class", "colour statistics"))
-    ahead = own["auroc"]["low"] > colour["auroc"]["high"]
-    behind = own["auroc"]["high"] < colour["auroc"]["low"]
-    verdict = (
-        "clearly better than colour statistics (the intervals do not touch)"
-        if ahead
-        else "worse than colour statistics: these features do not suit the task"
-        if behind
-        else "not clearly apart from colour statistics (the intervals overlap): on this task "
-        "much of the answer lies in colour, so it shows little of what a backbone is worth"
+
+def _over(row) -> str:
+    """What an interval of `evaluation.seeds` was drawn over."""
+    return f"95 % over {row.unit}" + (f" and {row.seeds} seeds" if row.seeds > 1 else ", one seed")
+
+
+def comparison_answers(
+    config: CompareConfig, runs: dict[tuple[str, int], Run], shortcuts: pd.DataFrame
+) -> dict[str, str]:
+    """Question -> answer, from the records of a comparison.
+
+    Args:
+        config: of the comparison.
+        runs: the main runs, by method and seed.
+        shortcuts: of `robustness.shortcut_check`, on LoRA or the last method that is compared.
+    """
+    draws = {pair: test_draws(run.test_predictions) for pair, run in runs.items()}
+    gains = method_gains(runs, draws)
+    first = first_seed(runs)
+    shown = "lora" if "lora" in first else list(first)[-1]
+    said = {}
+    if "head_only" in first:
+        said["Does training only the head give good results?"] = _head_answer(config, runs, draws)
+    return said | {
+        "Does LoRA improve on it?": gain_answer(gains, "head_only", "lora"),
+        "Is DoRA worth its extra cost?": gain_answer(gains, "lora", "dora"),
+        "Does it read the ground, or the acquisition?": f"{shown}: {shortcut_answer(shortcuts)}",
+        "Is it as good at every place?": f"{shown}, seed {config.seeds[0]}: "
+        + place_answer(first[shown].test_predictions),
+        "Can it be used on a full data set?": cost_answer(
+            cost_table(runs), full_set_cost(runs).hours_per_pass, first[shown].record
+        ),
+    }
+
+
+def _head_answer(config: TrainingConfig, runs: dict, draws: dict) -> str:
+    trivial = read_baselines(config)["test"]
+    name = max(trivial, key=lambda name: trivial[name]["auroc"]["value"])
+    baseline = test_draws(read_baseline_predictions(config)[name])
+    head = [of_run for (method, _), of_run in draws.items() if method == "head_only"]
+    return head_answer(
+        method_means(runs, draws, ("accuracy", "auroc")),
+        name,
+        trivial[name]["auroc"]["value"],
+        gain_over(baseline, head),
     )
+
+
+def run_answer(config: RunConfig, run: Run) -> str:
+    """`head_answer` for one head-only run."""
+    runs = {("head_only", run.record["config"]["seed"]): run}
+    draws = {pair: test_draws(run.test_predictions) for pair in runs}
+    return _head_answer(config, runs, draws)
+
+
+def listed(said: dict[str, str]) -> str:
+    """Questions and answers as Markdown, a paragraph each."""
+    return "\n\n".join(f"**{question}** {answer}" for question, answer in said.items())
+
+
+def head_answer(means: pd.DataFrame, name: str, baseline: float, gain: dict[str, float]) -> str:
+    """Whether a trained head is good: against the strongest baseline that knows no shapes.
+
+    Args:
+        means: of `seeds.method_means`, with head_only's accuracy and AUROC.
+        name: of the baseline.
+        baseline: its AUROC.
+        gain: of `seeds.gain_over`, the head's AUROC against the baseline's.
+    """
+    rows = means[means.method == "head_only"].set_index("metric")
+    verdict = "Yes" if gain["low"] > 0 else "No, it is worse" if gain["high"] < 0 else "Not clearly"
     return (
-        f"On `{record['data']}` ({record['chips']['train']} training and "
-        f"{record['chips']['test']} test chips) a linear head of "
-        f"{record['parameters']['trainable']:,} weights on {name} reaches an accuracy of "
-        f"**{with_interval(own['accuracy'])}** and an AUROC of "
-        f"**{with_interval(own['auroc'])}**. Always answering with the larger class reaches an "
-        f"accuracy of {majority['accuracy']['value']:.3f}; a logistic regression on colour "
-        f"statistics an accuracy of {with_interval(colour['accuracy'])} and an AUROC of "
-        f"{with_interval(colour['auroc'])}. The frozen features are {verdict}."
+        f"{verdict}: accuracy {with_interval(rows.loc['accuracy'])}, AUROC "
+        f"{with_interval(rows.loc['auroc'])} ({_over(rows.loc['auroc'])}). The strongest baseline, "
+        f"{name}, reaches an AUROC of {baseline:.3f}; the head is ahead by {_signed(gain, 3)}."
     )
 
 
-def pair_sentence(tests: pd.DataFrame, first: str, second: str) -> str:
-    """What the paired tests say of two methods, as Markdown; tests as from `paired_tests`."""
-    own = tests[(tests["first"] == first) & (tests["second"] == second)]
-    if own.empty:
+def gain_answer(gains: pd.DataFrame, first: str, second: str) -> str:
+    """Whether one method improves on another.
+
+    Args:
+        gains: of `seeds.method_gains`.
+        first: the method compared with.
+        second: the method asked about.
+    """
+    rows = gains[(gains["first"] == first) & (gains["second"] == second)]
+    if rows.empty:
         return f"This run does not compare {second} with {first}."
+    row = rows.iloc[0]
+    clear = f"; above zero with {row.better} of {row.seeds} seeds alone" if row.seeds > 1 else ""
     return (
-        f"**{second} against {first}**, on the same test images: {pair_numbers(own)}. By the "
-        f"interval of the AUROC difference {second} is {pair_verdict(own)}."
+        f"{in_a_word(row)}: AUROC {_signed(row, 4)} ({_over(row)}{clear}). {second} alone is right "
+        f"on {row.only_second:.0f} test chips, {first} alone on {row.only_first:.0f}."
     )
 
 
-def pair_numbers(own: pd.DataFrame) -> str:
-    """The numbers of the paired tests of two methods; rows of `paired_tests` of that pair."""
-    first, second = own["first"].iloc[0], own["second"].iloc[0]
-    differences, p_values = own.auroc_difference, own.p_value
-    if len(own) == 1:
-        auroc = f"{differences.iloc[0]:+.4f} [{own.low.iloc[0]:+.4f}, {own.high.iloc[0]:+.4f}]"
-        if "group_low" in own:
-            low, high = own.group_low.iloc[0], own.group_high.iloc[0]
-            auroc += f" (drawing whole groups [{low:+.4f}, {high:+.4f}])"
-        p_value = f"p = {p_values.iloc[0]:.2g}"
-    else:
-        auroc = (
-            f"{differences.mean():+.4f} on average over {len(own)} seeds "
-            f"({differences.min():+.4f} to {differences.max():+.4f})"
-        )
-        if "group_low" in own:
-            auroc += (
-                f", above zero with {(own.group_low > 0).sum()} and below with "
-                f"{(own.group_high < 0).sum()} of them when whole groups are drawn"
-            )
-        p_value = f"p from {p_values.min():.2g} to {p_values.max():.2g}"
-    return (
-        f"AUROC {auroc}; {second} alone is right on {own.only_second.mean():.0f} chips, {first} "
-        f"alone on {own.only_first.mean():.0f} (McNemar {p_value})"
-    )
+def in_a_word(row) -> str:
+    """The verdict on a difference of `seeds.method_gains`.
+
+    The interval of the mean decides, but percentile intervals over some dozen places are too
+    narrow, so that more than half of the seeds must be clear alone as well.
+    """
+    if max(abs(row.low), abs(row.high)) < MATTERS:
+        return "No, the difference is too small to matter"
+    if row.low > 0 and row.better > row.seeds / 2:
+        return "Yes"
+    if row.high < 0 and row.worse > row.seeds / 2:
+        return "No, it is worse"
+    return "Not clearly"
 
 
-def pair_verdict(own: pd.DataFrame) -> str:
-    """In words, which side of zero the intervals of the AUROC difference lie on."""
-    better, worse, seeds = int((own.low > 0).sum()), int((own.high < 0).sum()), len(own)
-    if seeds == 1:
-        return "better" if better else "worse" if worse else "not clearly different"
-    if better == seeds or worse == seeds:
-        return f"{'better' if better else 'worse'} with every seed"
-    open_seeds = seeds - better - worse
-    return (
-        f"better with {better}, worse with {worse} and not clearly different with {open_seeds} "
-        f"of {seeds} seeds"
-    )
+def _signed(entry, digits: int) -> str:
+    value, low, high = (f"{entry[name]:+.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
-def cost_sentence(costs: pd.DataFrame, first: str, second: str) -> str:
-    """What a method costs beside another, as Markdown; costs as from `cost_table`."""
-    if not {first, second} <= set(costs.index):
-        return ""
-    one, two = costs.loc[first], costs.loc[second]
-    ratio = two.seconds_per_epoch / one.seconds_per_epoch
-    cached = " on cached features" if first == "head_only" else ""
-    return (
-        f"{second} trains {two.trainable_parameters:,.0f} parameters ({first} "
-        f"{one.trainable_parameters:,.0f}) and keeps {two.bytes_to_keep / 1e3:,.0f} kB per task "
-        f"({one.bytes_to_keep / 1e3:,.0f} kB); an epoch takes {two.seconds_per_epoch:,.3g} s "
-        f"({one.seconds_per_epoch:.3g} s{cached}), {ratio:,.3g} times as long, at a peak of "
-        f"{two.peak_memory_bytes / 1e9:.2f} GB ({one.peak_memory_bytes / 1e9:.2f} GB)."
-    )
+def place_answer(predictions: pd.DataFrame) -> str:
+    """How sure an accuracy is over places, and how it differs between them; empty without groups.
 
-
-def adapter_sentence(run: Run, logit_difference: float) -> str:
-    """What a LoRA or DoRA run adds to the classifier and what remains, as Markdown."""
-    parts = run.record["parameters"]
-    return (
-        f"{parts['lora']:,} in the thin matrices beside "
-        f"{', '.join(run.record['config']['lora_targets'])} of every block and {parts['head']:,} "
-        f"in the head, {parts['trainable'] / parts['total']:.2%} of the classifier. After merging, "
-        f"**none remain**: the classifier has its {parts['total']:,} parameters as before, the "
-        f"same speed, and logits that differ by at most {logit_difference:.1e}."
-    )
-
-
-def full_set_sentence(
-    runs: dict[tuple[str, int], Run], bytes_per_chip: int, limit_gb: float
-) -> str:
-    """What ten epochs over a million chips take, as Markdown; see `full_set_cost`."""
-    hours = full_set_cost(runs).hours_per_pass
-    times = ", ".join(
-        f"head_only one pass of {value:.1f} hours"
-        if method == "head_only"
-        else f"ten epochs of {method} about {10 * value:.0f} hours"
-        for method, value in hours.items()
-    )
-    machine = first_seed(runs)[hours.index[-1]].record["environment"]["machine"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"
-    return (
-        f"A million chips decoded to 8 bits take {bytes_per_chip:,} bytes each, "
-        f"{bytes_per_chip / 1e3:.1f} GB in all; above {limit_gb:g} GB they are memory-mapped. Over "
-        f"them, {times}, at the rates of the machine that trained these runs ({where})."
-    )
-
-
-def group_sentence(predictions: pd.DataFrame) -> str:
-    """How sure the accuracy is when whole groups are drawn instead of chips, as Markdown."""
+    Args:
+        predictions: of the test split of a run.
+    """
     if (predictions.group == "").any():
-        return ""
-    by_chip, by_group = accuracy_intervals(predictions)
+        return "The data name no groups."
+    by_chip, by_place = accuracy_intervals(predictions)
+    places = accuracy_by_group(predictions)
+    right = predictions.predicted == predictions.target
+    largest = predictions.group.isin(places.group.head(2))
+    worst = places[places.chips >= SMALL_PLACE]
+    row = worst.loc[worst.accuracy.idxmin()] if len(worst) else None
     return (
-        f"Accuracy {by_chip.value:.3f}. Drawing chips, its 95 % bootstrap interval is "
-        f"[{by_chip.low:.3f}, {by_chip.high:.3f}]; drawing whole groups, of which there are "
-        f"{predictions.group.nunique()}, it is **[{by_group.low:.3f}, {by_group.high:.3f}]**. "
-        "Chips of one place are not independent, so the second says better how other such places "
-        "would do."
+        f"Accuracy {with_interval(by_chip)} over chips becomes [{by_place.low:.3f}, "
+        f"{by_place.high:.3f}] when whole places are drawn ({len(places)}). The two largest hold "
+        f"{largest.mean():.0%} of the chips: accuracy {right[largest].mean():.3f} there, "
+        f"{right[~largest].mean():.3f} elsewhere, {places.accuracy.mean():.3f} averaged over places"
+        + (f"; worst {row.accuracy:.3f} ({row.group}, {row.chips} chips)." if len(worst) else ".")
     )
 
 
-def shortcut_sentence(table: pd.DataFrame) -> str:
-    """What a shortcut check says, as Markdown."""
-    rows = table[table["head"] == "refitted"].set_index("chips")
-    whole, alone = rows.loc["as it is"], rows.loc[ACQUISITION_ALONE]
-    worst = rows.drop(index=["as it is", ACQUISITION_ALONE]).auroc.idxmin()
-    kept = table[table["head"] == "as trained"].set_index("chips").drop(index="as it is")
-    hardest = kept.auroc.idxmin()
-    given = (
-        "does give much of the answer away here, and a part of every headline on these data may be "
-        "read from it"
-        if alone.auroc_low > 0.75
-        else "gives little of the answer away here"
-    )
-    left = (
-        "more than the acquisition alone gives, so the features do not live on that cue alone"
-        if rows.auroc_low[worst] > alone.auroc_high
-        else "not clearly more than the acquisition alone gives"
-    )
+def shortcut_answer(table: pd.DataFrame) -> str:
+    """What a shortcut check says; table of `robustness.shortcut_check`."""
+    rows = table.set_index(["head", "chips"]).rename(columns={"auroc": "value"})
+    rows = rows.rename(columns={"auroc_low": "low", "auroc_high": "high"})
+    refitted, trained = rows.loc["refitted"], rows.loc["as trained"]
+    alone = refitted.loc[ACQUISITION_ALONE]
+    worst = refitted.drop(index=["as it is", ACQUISITION_ALONE]).value.idxmin()
+    hardest = trained.drop(index="as it is").value.idxmin()
+    more = "more" if refitted.low[worst] > alone.high else "not clearly more"
     return (
-        f"Sharpness, haze and brightness alone reach an AUROC of **{_interval(alone)}**, the "
-        f"backbone's features {_interval(whole)}: the acquisition {given}. Of the degradations, "
-        f"*{worst}* costs a refitted head most: {_interval(rows.loc[worst])} remains, {left}. "
-        "The head as trained, which never saw such chips, suffers most from "
-        f"*{hardest}*: {_interval(kept.loc[hardest])}."
+        f"Sharpness, haze and brightness alone reach an AUROC of {with_interval(alone)}: the "
+        f"acquisition gives {'much' if alone.low > TELLS else 'little'} of the answer away. The "
+        f"features reach {with_interval(refitted.loc['as it is'])}; with the worst cue taken away "
+        f"({worst}) a refitted head keeps {with_interval(refitted.loc[worst])}, {more} than the "
+        f"acquisition alone, and the head as trained falls to "
+        f"{with_interval(trained.loc[hardest])} ({hardest})."
     )
 
 
-def _interval(row) -> str:
-    return f"{row.auroc:.3f} [{row.auroc_low:.3f}, {row.auroc_high:.3f}]"
+def cost_answer(costs: pd.DataFrame, hours: pd.Series, record: dict) -> str:
+    """Whether a method can be used on a full data set: hours over a million chips.
+
+    Args:
+        costs: of `comparison.cost_table`.
+        hours: per pass over a million chips, by method (`comparison.full_set_cost`).
+        record: of a run on the machine that took the times.
+    """
+    machine = record["environment"]["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"
+    parts = [
+        f"{method} {hours[method]:.1f} hours"
+        + (" in all" if method == "head_only" else " an epoch")
+        + f" ({costs.trainable_parameters[method]:,} weights, "
+        f"{costs.bytes_to_keep[method] / 1e3:,.0f} kB to keep)"
+        for method in hours.index
+    ]
+    return f"A million chips take: {', '.join(parts)}; at the rates of this run ({where})."
+
+
+def form_answer(summary: pd.DataFrame, name: str) -> str:
+    """Which form to deploy.
+
+    Args:
+        summary: of `decision.summarise`, by variant.
+        name: of the recommended variant.
+    """
+    eager, best = summary.loc["eager_fp32"], summary.loc[name]
+    return (
+        f"`{name}`: {best.accuracy_loss_points:+.2f} points of accuracy lost "
+        f"[{best.accuracy_loss_points_low:+.2f}, {best.accuracy_loss_points_high:+.2f}], "
+        f"{eager.p50_ms / best.p50_ms:.1f} times as fast for one chip, "
+        f"{best.images_per_s / eager.images_per_s:.1f} times in batches, "
+        f"{best.mebibytes_on_disk / eager.mebibytes_on_disk:.2f} of the file."
+    )
 
 
 def gate_sentence(bench: Bench) -> str:

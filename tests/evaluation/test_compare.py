@@ -1,6 +1,5 @@
 """A comparison's runs can be read again, and its sentences say what its tables hold."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 
 from helpers import InputError
 from helpers.evaluation import comparison
-from helpers.reporting import answers
 from helpers.training import jobs, runs
 from tests.fake_data import manifest_folder
 
@@ -149,42 +147,3 @@ def differences(*intervals):
         for seed, (low, high) in enumerate(intervals)
     ]  # fmt: skip
     return pd.DataFrame(rows)
-
-
-@pytest.mark.parametrize(
-    ("intervals", "said"),
-    [
-        ([(0.01, 0.03)], ["+0.0200 [+0.0100, +0.0300]", "lora is better."]),
-        ([(-0.01, 0.03)], ["lora is not clearly different."]),
-        ([(-0.03, -0.01)], ["lora is worse."]),
-        ([(0.01, 0.03), (0.02, 0.06)], ["+0.0300 on average over 2 seeds (+0.0200 to +0.0400)",
-                                        "lora is better with every seed."]),
-        ([(0.01, 0.03), (-0.02, 0.06)], ["better with 1, worse with 0 and not clearly different "
-                                         "with 1 of 2 seeds."]),
-    ],
-)  # fmt: skip
-def test_the_sentence_on_two_methods_says_what_the_intervals_say(intervals, said):
-    sentence = answers.pair_sentence(differences(*intervals), "head_only", "lora")
-    assert all(part in sentence for part in said), sentence
-
-
-def test_methods_that_were_not_compared_are_said_to_be_so():
-    tests = differences((0.01, 0.03))
-    assert (
-        answers.pair_sentence(tests, "lora", "dora") == "This run does not compare dora with lora."
-    )
-    assert answers.cost_sentence(pd.DataFrame(index=["lora"]), "lora", "dora") == ""
-
-
-def test_a_full_set_sentence_names_the_machine_that_trained(config, trained):
-    main = comparison.main_runs(trained, config)
-    machine = main["lora", 0].record["environment"]["machine"]
-    slow = dataclasses.replace(
-        main["lora", 0],
-        history=main["lora", 0].history.assign(images_per_second=1e6 / 3600),
-        record=main["lora", 0].record
-        | {"environment": {"machine": machine | {"cpu": "an abacus", "torch_threads": 7}}},
-    )
-    sentence = answers.full_set_sentence({("lora", 0): slow}, 1000, 4.0)
-    assert "ten epochs of lora about 10 hours" in sentence
-    assert "(an abacus, 7 thread(s))" in sentence and "1.0 GB in all" in sentence

@@ -11,7 +11,6 @@ from helpers import InputError
 from helpers.metrics import METRICS
 from helpers.models.files import load_classifier
 from helpers.records import ROOT
-from helpers.reporting import answers
 from helpers.training import jobs, methods, runs
 from helpers.training.config import RunConfig
 from helpers.training.progress import HISTORY_COLUMNS
@@ -144,30 +143,6 @@ def test_confident_errors_are_wrong_and_ordered():
     errors = runs.confident_errors(predictions, 2)
     assert errors.img_path.tolist() == ["d", "c"]
     assert errors.predicted_label.tolist() == ["x", "x"]
-
-
-def test_the_conclusion_follows_the_numbers():
-    def entry(value, low, high):
-        return {name: {"value": value, "low": low, "high": high} for name in METRICS}
-
-    record = {
-        "data": "set",
-        "backbone": "backbone",
-        "chips": {"train": 10, "test": 5},
-        "parameters": {"trainable": 386},
-    }
-    baselines = {
-        "test": {
-            "majority class": entry(0.5, 0.4, 0.6),
-            "colour statistics": entry(0.7, 0.65, 0.75),
-        }
-    }
-    for numbers, words in (
-        ((0.9, 0.8, 0.95), "clearly better than colour statistics"),
-        ((0.7, 0.6, 0.8), "not clearly apart"),
-        ((0.5, 0.4, 0.6), "worse than colour statistics"),
-    ):
-        assert words in answers.conclusion(record | {"test": entry(*numbers)}, baselines)
 
 
 def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):

@@ -157,6 +157,8 @@ def open_bench(config: BenchmarkConfig) -> Bench:
             f"{len(config.batch_sizes)} batch_sizes; give one for each"
         )
     check_percentiles(config.percentiles, max(config.latency_samples))
+    if config.run_name:
+        check_plain_name("run_name", config.run_name)
     if REFERENCE not in config.variant_names:
         raise InputError(f"variants: {REFERENCE} is the reference and must be among them")
     default = BenchmarkConfig.model_fields["model_path"].default
@@ -173,7 +175,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
             f"was trained on {', '.join(classifier.config.classes)}; pass data with those"
         )
     name = config.run_name or f"benchmark_{provenance['run']}"
-    check_plain_name("run_name" if config.run_name else "model_path", name)
+    check_plain_name("model_path", name)
     device = RunConfig(device=config.device).torch_device
     train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
     rows = data.manifest[data.manifest.split == "train"]

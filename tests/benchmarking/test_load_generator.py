@@ -118,3 +118,9 @@ def test_rate_and_duration_must_be_positive(rate, seconds, message):
     system = System([], CHIPS, LoadSettings(seconds=seconds))
     with pytest.raises(InputError, match=message):
         load_generator.run_scenario(system, "Server", rate)
+
+
+def test_a_control_takes_the_two_short_scenarios():
+    system = System([sleeper(0.001)], CHIPS, LoadSettings(seconds=0.1))
+    table, search = load_generator.all_scenarios(system, brief=True)
+    assert table.scenario.tolist() == ["SingleStream", "Offline"] and search.empty

@@ -14,6 +14,7 @@ from helpers import InputError
 from helpers.deployment import runtimes
 from helpers.deployment.variants import build, structure
 from helpers.deployment.variants.source import Source, calibration_rows
+from helpers.models.adapters import AdapterSettings, add_adapter
 from helpers.models.architectures import ARCHITECTURES
 from helpers.models.classifier import ClassifierConfig, create_classifier
 
@@ -143,6 +144,29 @@ def test_any_batch_size_gives_the_same_as_one_chip_at_a_time(source, built, pred
             changed.add(name)
     assert changed == {n for n, v in built[0].items() if v.options.get("depends_on_batch")}
     assert changed == {"onnx_int8_dynamic"}
+
+
+def test_what_tells_nothing_of_quality_says_so(built):
+    """The reference once more, and adapters without an update."""
+    names = {name for name, variant in built[0].items() if "only_timed" in variant.options}
+    assert names == {"eager_fp32_again", "lora_unmerged", "lora_merged"}
+
+
+def test_a_trained_adapter_is_judged_by_its_own_logits(tmp_path):
+    adapted = add_adapter(make_classifier(), AdapterSettings()).eval()
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.1)
+    source = make_source(tmp_path, adapted=adapted)
+    names = ("lora_unmerged", "lora_merged")
+    variants, predicts, _ = build.build_variants(source, names, 1)
+    chips = source.train[0][:4]
+    with torch.inference_mode():
+        expected = adapted(chips).numpy()
+    for name in names:
+        assert "only_timed" not in variants[name].options
+        assert np.allclose(predicts[name](chips.numpy()), expected, atol=1e-5)
 
 
 def test_files_shrink_as_the_precision_says(built):

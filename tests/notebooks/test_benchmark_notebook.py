@@ -21,6 +21,7 @@ def run(model, output, **parameters):
         "latency_samples": [6, 5],
         "percentiles": [50],
         "load_seconds": 0.2,
+        "load_variants": ["onnx_fp32"],
         "load_fractions": [0.5],
         "competing": [0, 1],
         "latency_bound_ms": 2000.0,

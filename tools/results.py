@@ -22,6 +22,7 @@ from helpers.evaluation.seeds import method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, plots
+from helpers.training.config import METHOD_DEFAULTS
 from helpers.training.runs import Run
 
 DEPLOYED = "Which form should be deployed?"
@@ -185,6 +186,16 @@ def _entry(entry: dict[str, float]) -> str:
     return with_interval({end: entry.get(f"group_{end}", entry[end]) for end in entry}, 4)
 
 
+def method_defaults_table() -> str:
+    """What every method trains with unless told otherwise."""
+    names = ("epochs", "patience", "batch_size", "learning_rate")
+    lines = [
+        (f"`{method}`", *(defaults.get(name, "swept") for name in names))
+        for method, defaults in METHOD_DEFAULTS.items()
+    ]
+    return markdown(("method", *(f"`{name}`" for name in names)), lines)
+
+
 def caveats(data_set: Published) -> str:
     """What must stand beside every number on Hurricane Harvey, counted from its predictions.
 
@@ -322,6 +333,7 @@ def pages(sets: dict[str, Published]) -> dict[str, dict[str, str]]:
             "questions": questions_table(sets),
             "shapes": shapes_table(harvey),
             "training_speed": training_speed_table(),
+            "method_defaults": method_defaults_table(),
             "serving": serving_table(harvey),
             "serving_example": serving_table(example),
         },

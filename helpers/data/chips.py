@@ -1,9 +1,10 @@
 """Read one chip: JPEG, PNG, TIFF/GeoTIFF or `.npy` of shape (bands, height, width)."""
 
 import io
+import itertools
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, Compression, Interleaving, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning
+from rasterio.windows import Window
 
 from helpers import InputError
 
@@ -132,8 +134,8 @@ def _decode_raster(data: bytes, driver: str) -> StoredChip:
         size = raster.width * raster.height * raster.count
         if size > MAX_VALUES:
             raise Image.DecompressionBombError(f"{size:,} values")
-        if raster.compression == Compression.deflate:
-            _check_deflate(raster, data)
+        area = Window(0, 0, raster.width, raster.height)
+        check_deflate(raster, area, lambda n, offset: data[offset : offset + n])
         values, missing = raster.read(), None
         if any({MaskFlags.nodata, MaskFlags.per_dataset} & set(f) for f in raster.mask_flag_enums):
             missing = raster.read_masks() == 0
@@ -152,17 +154,28 @@ def _decode_raster(data: bytes, driver: str) -> StoredChip:
         return StoredChip(values, data, missing, raster.transform, _crs_name(raster.crs.wkt))
 
 
-def _check_deflate(raster: rasterio.DatasetReader, data: bytes) -> None:
-    """Raise zlib.error for a damaged block: GDAL stops reading one before its checksum."""
+def check_deflate(
+    raster: rasterio.DatasetReader, area: Window, read: Callable[[int, int], bytes]
+) -> None:
+    """Raise zlib.error if a stored block under `area` is damaged.
+
+    GDAL stops reading a block before its checksum, and answers with what it has. `read` returns
+    so many bytes of the file from an offset on. Files of another compression are not looked at.
+    """
+    if raster.compression != Compression.deflate:
+        return
     bands = raster.indexes if raster.interleaving == Interleaving.band else (1,)
-    for band in bands:
-        for (row, column), _ in raster.block_windows(band):
-            offset, size = (
-                raster.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", band)
-                for what in ("OFFSET", "SIZE")
-            )
-            if offset is not None:  # a block that was never written has none
-                zlib.decompress(data[int(offset) : int(offset) + int(size)])
+    (top, bottom), (left, right) = area.toranges()
+    height, width = raster.block_shapes[0]
+    rows = range(int(top) // height, -(-int(bottom) // height))
+    columns = range(int(left) // width, -(-int(right) // width))
+    for band, row, column in itertools.product(bands, rows, columns):
+        offset, size = (
+            raster.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", band)
+            for what in ("OFFSET", "SIZE")
+        )
+        if offset is not None:  # a block that was never written has none
+            zlib.decompress(read(int(size), int(offset)))
 
 
 @lru_cache

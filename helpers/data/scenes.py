@@ -6,8 +6,11 @@ where a window reaches beyond the scene, the scene is mirrored there. Windows ar
 cells at a time, so that memory does not grow with the scene.
 """
 
+import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from helpers import InputError
+from helpers.data.chips import check_deflate
 
 SUFFIXES = (".tif", ".tiff", ".vrt")
 CACHE_BYTES = 128 * 2**20  # of GDAL: two rows of 512-pixel tiles, 40,000 pixels wide, 8-bit RGB
@@ -220,9 +224,12 @@ def read_windows(
     top, left = rows.min(), cols.min()
     area = Window.from_slices((top, rows.max() + 1), (left, cols.max() + 1))
     try:
+        if raster.driver == "GTiff":
+            with open(raster.name, "rb") as file:
+                check_deflate(raster, area, partial(os.pread, file.fileno()))
         pixels = raster.read(indexes, window=area)
         missing = raster.read_masks(indexes, window=area) == 0
-    except RasterioError as error:
+    except (RasterioError, zlib.error) as error:
         raise InputError(
             f"{raster.name}: damaged or cut off in rows {top} to {rows.max()} ({error}). "
             "Replace it."

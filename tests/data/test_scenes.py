@@ -14,7 +14,7 @@ from helpers.data import cells, scenes
 from helpers.data.cells import NODATA, BlockFiles, cell_boxes, write_cells, write_map
 from helpers.data.chips import read_chip
 from helpers.data.scenes import Block, Grid, open_raster, open_scene, read_windows
-from tests.fake_data import write_scene
+from tests.fake_data import make_chip, write_scene
 
 # Height, width, window and stride: whole cells, edges, finer cells, odd leads, smaller than a
 # window, a single pixel.
@@ -122,6 +122,25 @@ def test_infinite_values_are_no_data(tmp_path):
     path = write_scene(tmp_path / "scene.tif", values)
     with open_raster(path) as raster:
         assert read_windows(raster, Grid(4, 4, 4, 4), Block(0, 0, 1, 1), (0,)).share == 0
+
+
+def test_zeroes_inside_a_stored_block_are_found(tmp_path):
+    """GDAL reads on past them; only the windows over that block are refused."""
+    path = write_scene(tmp_path / "scene.tif", make_chip(size=256))
+    with open_raster(path) as raster:
+        places = {what: int(raster.get_tag_item(f"BLOCK_{what}_1_2", "TIFF", 1))
+                  for what in ("OFFSET", "SIZE")}  # fmt: skip
+    content = bytearray(path.read_bytes())
+    middle = places["OFFSET"] + places["SIZE"] // 2
+    content[middle : middle + 10] = bytes(10)
+    path.write_bytes(content)
+    grid, bands = Grid(256, 256, 64, 64), (0, 1, 2)
+    with open_raster(path) as raster:
+        for row, col in np.ndindex(4, 4):
+            if (row, col) != (2, 1):
+                read_windows(raster, grid, Block(row, col, 1, 1), bands)
+        with pytest.raises(InputError, match="damaged or cut off in rows 128 to 191"):
+            read_windows(raster, grid, Block(2, 1, 1, 1), bands)
 
 
 def test_alpha_is_no_band_and_transparent_is_no_data(tmp_path):

@@ -188,13 +188,13 @@ def test_resolution_comes_from_the_data(tmp_path, crs, metres):
 
 def test_every_form_of_a_model(model, chips, tmp_path):
     reference = answer(model, chips, tmp_path / "reference")[0]
-    calibration = (torch.from_numpy(np.stack([make_chip(i) for i in range(16)])),
-                   torch.arange(16) % 2)  # fmt: skip
-    source = Source(make_classifier(), calibration, calibration, tmp_path / "variants")
-    names = ("eager_fp32",)
-    built, _ = build_variants(source, names, lambda line: None)
+    batch = torch.from_numpy(np.stack([make_chip(i) for i in range(16)]))
+    examples = (batch, torch.arange(16) % 2)
+    source = Source(make_classifier(), examples, examples, batch, tmp_path / "variants")
+    names = ("eager_fp32", "onnx_fp32", "openvino_int8")
+    built, _, _ = build_variants(source, names, threads=1)
     digests = {open_model(model).digest}
-    for variant in built:
+    for variant in built.values():
         path = variant.folder / f"{variant.name}.json"
         table = answer(path, chips, tmp_path / variant.name)[0]
         # int8 moves probabilities by a few hundredths; the others compute the same.

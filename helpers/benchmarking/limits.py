@@ -21,7 +21,10 @@ _RAPL = Path("/sys/class/powercap")
 
 # Sides of the square matrices: at the last, starting the product takes no visible share of it.
 _SIDES = {"cpu": (512, 2048), "cuda": (512, 8192)}
-_SLOW = 0.2  # seconds of one product; kernels without instructions for a type take minutes at 2048
+_SLOW = (
+    0.02  # seconds at the smaller side: without instructions for a type the larger takes minutes
+)
+_BUDGET = 1.0  # seconds for the repeats of one product
 _REPEATS = 5
 
 
@@ -45,7 +48,7 @@ def machine_limits(
 
     def fastest(action: Callable[[], object]) -> float:
         times = []
-        while len(times) < _REPEATS and sum(times) < _REPEATS * _SLOW:
+        while len(times) < _REPEATS and sum(times) < _BUDGET:
             start = time.perf_counter()
             action()
             if device == "cuda":

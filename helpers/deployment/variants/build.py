@@ -7,6 +7,7 @@ build becomes a row with the reason.
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -90,13 +91,19 @@ BUILDERS: dict[str, Callable[[Source], Variant]] = {
 }
 
 
+TOO_SLOW = 8
+"""Times as long as the reference for the same chips: a form that is no candidate on this machine,
+such as bf16 on a CPU without its instructions, where measuring it alone would take minutes."""
+
+
 def build_variants(
     source: Source, names: tuple[str, ...], threads: int
 ) -> tuple[dict[str, Variant], dict[str, Predict], pd.DataFrame]:
     """Build variants one after the other, load each and let it predict once.
 
-    What cannot be built, loaded or run on this machine, or answers with numbers that are not
-    finite, is listed with the reason and is in nothing else that is returned.
+    What cannot be built, loaded or run on this machine, answers with numbers that are not finite
+    or takes `TOO_SLOW` times as long as the reference, is listed with the reason and is in nothing
+    else that is returned.
 
     Args:
         source: what they are made of.
@@ -112,7 +119,7 @@ def build_variants(
     """
     source.folder.mkdir(parents=True, exist_ok=True)
     chips = source.train[0][:2].numpy()
-    variants, predicts, rows = {}, {}, []
+    variants, predicts, rows, seconds = {}, {}, [], {}
     for name in progress_bar(names, desc="building variants"):
         try:
             with _quiet():
@@ -121,6 +128,12 @@ def build_variants(
                 predict = load(variant, threads, source.device)
                 if not np.isfinite(predict(chips)).all():
                     raise Unavailable("its logits are not finite")
+                start = time.perf_counter()
+                predict(chips)
+                seconds[name] = time.perf_counter() - start
+                times = seconds[name] / seconds.get(REFERENCE, seconds[name])
+                if times > TOO_SLOW:
+                    raise Unavailable(f"takes {times:.0f} times as long as {REFERENCE} here")
         except Exception as error:  # exporters, quantizers and runtimes raise whatever they like
             rows.append({"variant": name, "unavailable": _reason(error)})
         else:

@@ -26,7 +26,7 @@ from helpers.console import NOTEBOOK, run_command
 from helpers.records import ROOT, written_whole
 
 # In order, with what `make run` changes in them beside the folders.
-NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {"seeds": [0, 1, 2]}, "benchmark": {}}
+NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {}, "benchmark": {}}
 # Parameters that name a place, and where `make run` puts it below its output.
 PLACES = {
     "output_path": "models",

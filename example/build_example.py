@@ -3,10 +3,10 @@
     pip download --no-deps deepforest==2.1.0
     python example/build_example.py deepforest-2.1.0-py3-none-any.whl
 
-The wheel is read as a zip archive, never installed or imported. Writes `chips.zip`, `manifest.csv`
-and `LICENSE.deepforest` beside this script and prints the table that stands in `CARD.md`. A folder
-as second argument also receives the whole ground of the training split, one PNG a scene: what
-`pretrain_backbone.py` may see of these scenes.
+The wheel is read as a zip archive, never installed or imported. Writes `chips.zip`, `manifest.csv`,
+`scene.tif`, `crowns.parquet` and `LICENSE.deepforest` beside this script and prints the table that
+stands in `CARD.md`. A folder as second argument also receives the whole ground of the training
+split, one PNG a scene: what `pretrain_backbone.py` may see of these scenes.
 """
 
 import csv
@@ -18,8 +18,13 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
+import rasterio
+import shapely
+from affine import Affine
 from PIL import Image
+from rasterio.crs import CRS
 
 SCENES = {  # short name: file stem inside the wheel
     "YELL_528000": "2019_YELL_2_528000_4978000_image_crop2",
@@ -35,14 +40,26 @@ MAX_BLACK = 0.01  # share of pure black pixels above which a chip lies on the sc
 # Bands of a scene from its top: split and the share of the height at which it ends. Bands touch in
 # two lines only; with blocks of the splits interleaved, colours alone solve the task (AUROC 0.96).
 SPLIT_BANDS = {"train": 0.5, "valid": 0.68, "test": 1.0}
+MAPPED = "YELL_528000"  # whose test band is the scene to map
+METRES = 0.1  # of a pixel on the ground
+# Where on Earth the crop lies is not published with it: coordinates count from its own corner.
+GROUND = 'LOCAL_CS["a crop of NEON, metres from its corner",UNIT["metre",1]]'
 FIELDS = ["img_path", "label", "split", "group", "sha256"]
 
 
-def crown_mask(xml: bytes, height: int, width: int) -> np.ndarray:
-    """Union of the crown boxes of a Pascal-VOC annotation, as a (height, width) bool array."""
+def crown_boxes(xml: bytes) -> np.ndarray:
+    """Crown boxes of a Pascal-VOC annotation: (boxes, 4) int, x0, y0, x1, y1 in pixels."""
+    boxes = [
+        [int(box.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax")]
+        for box in ET.fromstring(xml).iter("bndbox")
+    ]
+    return np.array(boxes).reshape(-1, 4)
+
+
+def crown_mask(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Union of crown boxes (boxes, 4), as a (height, width) bool array."""
     mask = np.zeros((height, width), dtype=bool)
-    for box in ET.fromstring(xml).iter("bndbox"):
-        x0, y0, x1, y1 = (int(box.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    for x0, y0, x1, y1 in boxes:
         mask[y0:y1, x0:x1] = True
     return mask
 
@@ -103,6 +120,31 @@ def training_ground(pixels: np.ndarray) -> np.ndarray:
     return pixels[: n_train * CHIP_SIZE]
 
 
+def write_scene(pixels: np.ndarray, boxes: np.ndarray, output: Path) -> None:
+    """Write the test band of a scene (H, W, 3) as `scene.tif`, and its boxes as `crowns.parquet`.
+
+    Boxes (n, 4) are of the whole scene; those that reach into the band are cut at its edge.
+    """
+    rows = pixels.shape[0] // CHIP_SIZE
+    top = CHIP_SIZE * next(row for row in range(rows) if row_split(row, rows) == "test")
+    band = pixels[top:]
+    height, width = band.shape[:2]
+    to_metres = Affine(METRES, 0, 0, 0, -METRES, height * METRES)
+    crs = CRS.from_wkt(GROUND)
+    with rasterio.open(
+        output / "scene.tif", "w", driver="GTiff", height=height, width=width, count=3,
+        dtype="uint8", crs=crs, transform=to_metres, tiled=True, blockxsize=256, blockysize=256,
+        compress="jpeg", photometric="rgb", jpeg_quality=85,  # every colour at full resolution
+    ) as raster:  # fmt: skip
+        raster.write(band.transpose(2, 0, 1))
+    x0, y0, x1, y1 = np.clip(boxes - [0, top, 0, top], 0, [width, height, width, height]).T
+    inside = (x0 < x1) & (y0 < y1)
+    west, north = to_metres @ (x0[inside], y0[inside])
+    east, south = to_metres @ (x1[inside], y1[inside])
+    crowns = gpd.GeoDataFrame(geometry=shapely.box(west, south, east, north), crs=crs.to_wkt())
+    crowns.to_parquet(output / "crowns.parquet")
+
+
 def summary_table(rows: list[dict]) -> str:
     """Markdown table of chip counts, class x scene x split, from manifest rows."""
     splits, labels = ("train", "valid", "test"), ("tree", "no_tree")
@@ -121,7 +163,7 @@ def summary_table(rows: list[dict]) -> str:
 
 
 def read_scenes(wheel: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Scene name -> pixels (H, W, 3) uint8 and crown mask (H, W) bool.
+    """Scene name -> pixels (H, W, 3) uint8 and crown boxes (boxes, 4).
 
     Raises zipfile.BadZipFile for a file that is no archive, KeyError for one without the scenes.
     """
@@ -131,7 +173,7 @@ def read_scenes(wheel: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             image = Image.open(io.BytesIO(archive.read(f"deepforest/data/{stem}.png")))
             pixels = np.asarray(image.convert("RGB"))
             xml = archive.read(f"deepforest/data/{stem}.xml")
-            scenes[name] = pixels, crown_mask(xml, *pixels.shape[:2])
+            scenes[name] = pixels, crown_boxes(xml)
     return scenes
 
 
@@ -145,19 +187,21 @@ def pack(chips: list[tuple[str, bytes]], path: Path) -> None:
 
 
 def build(wheel: Path, output: Path) -> list[dict]:
-    """Write chips, manifest and licence under `output`; returns the manifest's rows.
+    """Write chips, manifest, scene and licence under `output`; returns the manifest's rows.
 
     Everything is cut before anything is written, so a wheel that `read_scenes` refuses changes
     nothing on disk.
     """
+    scenes = read_scenes(wheel)
     chips = [
         chip
-        for name, (pixels, crowns) in read_scenes(wheel).items()
-        for chip in cut_scene(name, pixels, crowns)
+        for name, (pixels, boxes) in scenes.items()
+        for chip in cut_scene(name, pixels, crown_mask(boxes, *pixels.shape[:2]))
     ]
     with zipfile.ZipFile(wheel) as archive:
         licence = archive.read("deepforest-2.1.0.dist-info/licenses/LICENSE")
 
+    write_scene(*scenes[MAPPED], output)
     pack([(row["img_path"], jpeg) for row, jpeg in chips], output / "chips.zip")
     rows = [row for row, _ in chips]
     with open(output / "manifest.csv", "w", newline="") as file:

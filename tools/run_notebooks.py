@@ -26,13 +26,14 @@ from helpers.console import NOTEBOOK, run_command
 from helpers.records import ROOT, written_whole
 
 # In order, with what `make run` changes in them beside the folders.
-NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {}, "benchmark": {}}
+NOTEBOOKS = {"setup_finetune": {}, "finetune_lora": {}, "benchmark": {}, "map_scene": {}}
 # Parameters that name a place, and where `make run` puts it below its output.
 PLACES = {
     "output_path": "models",
     "history_path": "training_history",
     "figures_path": "figures",
     "results_path": "benchmark_results",
+    "output": "map_example",
     "model_path": "models/head_only_example_example_seed0/model_final.safetensors",
 }
 # A report runs nothing and loads nothing, whatever the names in it hold: what it shows is in it.

@@ -203,9 +203,19 @@ def _gathered(
 def cell_boxes(scene: Scene, grid: Grid, block: Block) -> np.ndarray:
     """The cells of a block as shapely boxes in the scene's coordinates, row by row."""
     row, col = (i.ravel() for i in np.indices((block.rows, block.cols)))
-    top, left = (block.row + row) * grid.stride, (block.col + col) * grid.stride
-    bottom = np.minimum(top + grid.stride, scene.height)
-    right = np.minimum(left + grid.stride, scene.width)
-    west, north = scene.transform @ (left, top)
+    return _boxes(
+        scene, (block.row + row) * grid.stride, (block.col + col) * grid.stride, grid.stride
+    )
+
+
+def window_boxes(scene: Scene, grid: Grid, row: np.ndarray, col: np.ndarray) -> np.ndarray:
+    """The windows of cells (n,), (n,) as shapely boxes, without what lies beyond the scene."""
+    return _boxes(scene, row * grid.stride - grid.lead, col * grid.stride - grid.lead, grid.window)
+
+
+def _boxes(scene: Scene, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
+    """Squares of pixels, cropped to the scene, in its coordinates."""
+    bottom, right = np.minimum(top + side, scene.height), np.minimum(left + side, scene.width)
+    west, north = scene.transform @ (np.maximum(left, 0), np.maximum(top, 0))
     east, south = scene.transform @ (right, bottom)
     return shapely.box(west, south, east, north)

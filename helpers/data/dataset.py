@@ -129,7 +129,7 @@ class ChipData:
         """Median over the chips with coordinates in metres or feet, not in degrees."""
         rows = self.manifest[self.manifest["crs"] != ""]
         systems = {name: CRS.from_string(name) for name in rows["crs"].unique()}
-        units = {n: crs.linear_units_factor[1] for n, crs in systems.items() if crs.is_projected}
+        units = {n: crs.units_factor[1] for n, crs in systems.items() if not crs.is_geographic}
         factors = rows["crs"].map(units).astype(float)  # NaN for degrees
         metres = (rows["resolution"] * factors).median()
         return None if np.isnan(metres) else float(metres)

@@ -10,6 +10,8 @@ from helpers import InputError
 from helpers.records import ROOT
 
 PACKED = ROOT / "example"
+SCENE = PACKED / "scene.tif"  # ground of the test split
+CROWNS = PACKED / "crowns.parquet"  # what people drew on it
 CACHE = ROOT / "cache"
 
 

@@ -58,9 +58,9 @@ class Scene:
     @property
     def metres_per_pixel(self) -> float | None:
         """Width of a pixel on the ground; None where coordinates are angles."""
-        if not self.crs.is_projected:
+        if self.crs.is_geographic:
             return None
-        return self.transform.a * self.crs.linear_units_factor[1]
+        return self.transform.a * self.crs.units_factor[1]
 
 
 def open_raster(path: str | Path) -> rasterio.DatasetReader:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import rasterio
+from pydantic import Field, PositiveInt, model_validator
 
 from helpers import InputError
 from helpers.console import progress_bar
 from helpers.data.cells import NODATA, PROBABILITY_STEP, BlockFiles, write_cells, write_map
+from helpers.data.example import CROWNS, SCENE
 from helpers.data.scenes import (
     CACHE_BYTES,
     Block,
@@ -31,6 +33,46 @@ from helpers.records import environment, write_json
 RESOLUTION_TOLERANCE = 0.1  # pixels that differ by more show the ground at another scale
 # What belongs to one map; the record comes last and says that the others are whole.
 _ENDINGS = (".tif", ".tif.aux.xml", ".parquet", ".png", ".json")
+
+
+class MapConfig(PredictConfig):
+    """Everything that decides the map of one scene, and what it is compared with."""
+
+    model_path: str = Field(
+        "runs/head_only_example_example_seed0/model_final.safetensors",
+        description="a model_final.safetensors, an adapter folder, or the JSON of a built variant",
+    )
+    input: str = Field(
+        "example", description="a scene (GeoTIFF, COG, VRT), or `example` (the embedded one)"
+    )
+    output: str = Field("runs/map_example", description="name of the results")
+    stride: PositiveInt | None = Field(
+        49, description="side of a cell, pixels; the window by default"
+    )
+    error_rate: float | None = Field(
+        0.1, gt=0, lt=1, description="share of wrong answers; others are `unsure` (conformal)"
+    )
+    reference_path: str | None = Field(
+        None,
+        description="polygons of the positive class (GeoParquet, GeoPackage, GeoJSON, shapefile); "
+        "the example scene has its own",
+    )
+    absent_below: float = Field(
+        0.02, ge=0, lt=1, description="share of a window under polygons up to which it is negative"
+    )
+    present_above: float = Field(
+        0.25, gt=0, le=1, description="share of a window under polygons from which it is positive"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_example(cls, values: dict) -> dict:
+        """Put the files of the embedded scene in the place of its name."""
+        if values.get("input", "example") != "example":
+            return values
+        reference = values.get("reference_path") or str(CROWNS)
+        return values | {"input": str(SCENE), "reference_path": reference}
+
 
 Draw = Callable[[Path, tuple[int, ...], Path, Path], None]
 """Scene, its bands, the map's TIFF -> the picture, which is written to the last path."""
@@ -277,3 +319,30 @@ class _Work:
             ).astype({"class": "string", "answer": "string"})
             place = pd.DataFrame({"row": row + block.row, "col": col + block.col})
             yield block, place.join(said).assign(data_share=share)
+
+
+def region_hours(
+    record: dict, metres_per_pixel: float, square_km: tuple[int, ...] = (1, 100, 10_000)
+) -> pd.DataFrame:
+    """What larger regions take at the rate of a map that was just made.
+
+    Args:
+        record: of `map_scene`.
+        metres_per_pixel: of the scene.
+        square_km: areas of regions of the same resolution.
+
+    Returns:
+        One row a region: `square_km`, `megapixels`, `cells`, `hours`.
+    """
+    rate = record["predicted_in_this_run"] / record["seconds_of_this_run"]
+    side = record["cells"]["stride"] * metres_per_pixel
+    area = 1e6 * np.array(square_km, dtype=float)
+    cells = area / side**2
+    return pd.DataFrame(
+        {
+            "square_km": square_km,
+            "megapixels": np.rint(area / metres_per_pixel**2 / 1e6).astype(int),
+            "cells": np.rint(cells).astype(int),
+            "hours": cells / rate / 3600,
+        }
+    )

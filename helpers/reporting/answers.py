@@ -2,12 +2,15 @@
 
 import html
 import math
+from pathlib import Path
 
 import pandas as pd
 
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.benchmark import Benchmark
 from helpers.benchmarking.limits import energy_meter
+from helpers.deployment.mapping import MapConfig
+from helpers.deployment.scoring import PredictConfig
 from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
 from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_by_group, accuracy_intervals
@@ -289,3 +292,41 @@ def energy_sentence(benchmark: Benchmark) -> str:
     rows = benchmark.scenarios[benchmark.scenarios.scenario == "Offline"]
     values = [f"{r.variant} {r.joules_per_1000_images:.0f} J" for r in rows.itertuples()]
     return f"Energy per 1,000 images, Offline ({meter[0]}): {', '.join(values)}."
+
+
+def map_answer(record: dict, quality: pd.DataFrame | None, positive: str) -> str:
+    """What a map says, and how often it is right where people drew something to compare with.
+
+    Args:
+        record: of `mapping.map_scene`.
+        quality: of `ground_truth.map_quality`, or None without a reference.
+        positive: the class whose share is said.
+    """
+    counts = record["counts"]
+    answered, rate = sum(counts["classes"].values()), record["config"]["error_rate"]
+    said = f"{counts['classes'][positive] / answered:.0%} of {answered:,} cells are {positive}."
+    if rate is not None:
+        said += f" {counts['unsure'] / answered:.0%} are unsure at an error rate of {rate:.0%}."
+    if quality is None:
+        return said
+    parts = [f"{row.accuracy} of {row.cells:,} {row.shown} cells" for row in quality.itertuples()]
+    return (
+        f"{said} Where the drawn ground is clear, the map is right on {', '.join(parts)} "
+        "(95 % over places)."
+    )
+
+
+def map_command(config: MapConfig) -> str:
+    """What a person types for the same map."""
+    given = {n: v for n, v in config.model_dump().items() if n in PredictConfig.model_fields}
+    typed = {
+        name: value
+        for name, value in given.items()
+        if value != PredictConfig.model_fields[name].default
+    }
+    typed["input"] = Path(config.input).name
+    return (
+        "```\npython -m helpers.predict "
+        + " ".join(f"--{name} {value}" for name, value in typed.items())
+        + "\n```"
+    )

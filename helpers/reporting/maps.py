@@ -1,8 +1,10 @@
 """A map over its scene, as a picture of page size."""
 
 import math
+from itertools import zip_longest
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import rasterio
 from matplotlib import pyplot as plt
@@ -11,15 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from pyproj import Geod
+from rasterio.windows import Window, from_bounds
 
 from helpers.data.cells import NODATA, class_colours
+from helpers.data.scenes import Scene
 from helpers.reporting.plots import PAGE, save
 
 _PIXELS = 1600  # of the longer side: what a page shows
-_DPI = 160
+_DPI = 160  # of the picture beside a map
+_PAGE_DPI = 100  # of a figure in a notebook
 _TALLEST = 1.3  # height of a picture in widths of a page
 _OPACITY = 0.45  # of a class over the scene; the first class lies at a third of it
 _UNSURE = (0.1, 0.1, 0.1)
+_STATES = {"right": ((0.0, 0.62, 0.45), None), "wrong": ((0.84, 0.37, 0.0), "xxx"),
+           "unsure": (_UNSURE, "...")}  # fmt: skip
 _STRETCH = (2, 98)  # percentiles of a band that become black and white
 _OUTLINE = [withStroke(linewidth=3, foreground="black")]
 
@@ -39,8 +46,7 @@ def draw_map(scene: Path, bands: tuple[int, ...], map_path: Path, png: Path) -> 
 def map_figure(scene: Path, bands: tuple[int, ...], map_path: Path) -> Figure:
     """The same as a matplotlib figure."""
     with rasterio.open(scene) as raster:
-        shown = [band + 1 for band in (bands[:3] if len(bands) >= 3 else bands[:1])]
-        picture = raster.read(shown, out_shape=_shape(raster.shape), masked=True)
+        picture = _read(raster, bands)
         height, width = raster.shape
         metres, pixel = _metres_across(raster), raster.transform.a
     with rasterio.open(map_path) as raster:
@@ -68,12 +74,97 @@ def map_figure(scene: Path, bands: tuple[int, ...], map_path: Path) -> Figure:
         handles.append(Patch(facecolor=_UNSURE, label=f"unsure ({share:.0%})"))
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False,
                 ncols=min(4, len(handles)))  # fmt: skip
-    if metres > 0:
-        _scale_bar(axes, metres)
+    _scale_bar(axes, metres)
     axes.annotate("N", (0.96, 0.97), (0.96, 0.87), "axes fraction", ha="center", va="bottom",
                   arrowprops={"arrowstyle": "-|>", "color": "white", "lw": 2},
                   color="white", weight="bold", path_effects=_OUTLINE)  # fmt: skip
     return figure
+
+
+def judged_figure(
+    scene: Scene, bands: tuple[int, ...], judged: gpd.GeoDataFrame, polygons: gpd.GeoDataFrame
+) -> Figure:
+    """A scene with what people drew on it, and below it where the map is right, wrong or unsure.
+
+    Args:
+        scene: what was mapped.
+        bands: as of `draw_map`.
+        judged: of `evaluation.ground_truth.judge_cells`.
+        polygons: what people drew, in the scene's coordinates.
+    """
+    with rasterio.open(scene.path) as raster:
+        picture = _stretched(_read(raster, bands))
+        left, bottom, right, top = raster.bounds
+    wide = scene.width >= scene.height
+    size = (PAGE, 2.2 * PAGE * scene.height / scene.width) if wide else (PAGE, 0.55 * PAGE
+            * scene.height / scene.width)  # fmt: skip
+    grid = (2, 1) if wide else (1, 2)
+    figure, axes = plt.subplots(*grid, figsize=size, dpi=_PAGE_DPI, layout="constrained")
+    for axis in axes:
+        axis.imshow(picture, extent=(left, right, bottom, top))
+    polygons.boundary.plot(ax=axes[0], color="white", linewidth=0.7)
+    axes[0].set_title("What people drew")
+    states = np.where(~judged.sure, "unsure", np.where(judged.right, "right", "wrong"))
+    for state, (colour, hatch) in _STATES.items():
+        if (states == state).any():
+            judged[states == state].plot(
+                ax=axes[1], facecolor=(*colour, _OPACITY), edgecolor=(*colour, 1), hatch=hatch,
+                linewidth=0.3,
+            )  # fmt: skip
+    handles = [
+        Patch(facecolor=(*colour, _OPACITY), edgecolor=colour, hatch=hatch,
+              label=f"{state} ({(states == state).sum()})")
+        for state, (colour, hatch) in _STATES.items()
+    ]  # fmt: skip
+    for axis in axes:  # after geopandas, which writes the names of the coordinates there
+        axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], xlabel="", ylabel="")
+    axes[1].set_title("What the map says of cells whose ground is clear")
+    axes[1].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False,
+                   ncols=3)  # fmt: skip
+    return figure
+
+
+def error_figure(
+    scene: Scene, bands: tuple[int, ...], errors: gpd.GeoDataFrame, polygons: gpd.GeoDataFrame
+) -> Figure:
+    """The ground around cells, with what people drew on it and the cell's window outlined.
+
+    Args:
+        scene: what was mapped.
+        bands: as of `draw_map`.
+        errors: cells with `class`, `truth`, `cover`, the probability of that class as `p`, and
+            the window as `window`; in the order in which they are drawn.
+        polygons: what people drew, in the scene's coordinates.
+    """
+    across = min(5, len(errors))
+    down = -(-len(errors) // across)
+    figure, axes = plt.subplots(
+        down, across, figsize=(PAGE, 2.3 * down), squeeze=False, dpi=_PAGE_DPI, layout="constrained"
+    )
+    with rasterio.open(scene.path) as raster:
+        for axis, (_, cell) in zip_longest(axes.flat, errors.iterrows(), fillvalue=(None, None)):
+            axis.set_axis_off()
+            if cell is None:
+                continue
+            west, south, east, north = cell.window.buffer((cell.window.length / 4) / 2).bounds
+            area = from_bounds(west, south, east, north, raster.transform)
+            axis.imshow(_stretched(_read(raster, bands, area)), extent=(west, east, south, north))
+            polygons.boundary.plot(ax=axis, color="white", linewidth=0.8)
+            gpd.GeoSeries([cell.window]).boundary.plot(ax=axis, color="yellow", linewidth=1.5)
+            axis.set(xlim=(west, east), ylim=(south, north))
+            axis.set_title(f"{cell['class']} {cell.p:.2f}\npeople: {cell.cover:.0%} covered",
+                           fontsize=8)  # fmt: skip
+    return figure
+
+
+def _read(
+    raster: rasterio.DatasetReader, bands: tuple[int, ...], window: Window | None = None
+) -> np.ma.MaskedArray:
+    """Three bands or one of a scene or a part of it, no larger than a page shows them."""
+    shown = [band + 1 for band in (bands[:3] if len(bands) >= 3 else bands[:1])]
+    if window is not None:
+        return raster.read(shown, window=window, boundless=True, masked=True)
+    return raster.read(shown, out_shape=_shape(raster.shape), masked=True)
 
 
 def _shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -111,11 +202,9 @@ def _overlay(classes: np.ndarray, unsure: np.ndarray, n_classes: int) -> np.ndar
 
 
 def _metres_across(raster: rasterio.DatasetReader) -> float:
-    """Width of a scene on the ground, in metres, along its middle row; NaN where nobody knows."""
-    if raster.crs.is_projected:
-        return raster.width * raster.transform.a * raster.crs.linear_units_factor[1]
+    """Width of a scene on the ground, in metres, along its middle row."""
     if not raster.crs.is_geographic:
-        return math.nan
+        return raster.width * raster.transform.a * raster.crs.units_factor[1]
     left, right = (raster.transform @ (x, raster.height / 2) for x in (0, raster.width))
     return Geod(ellps="WGS84").inv(*left, *right)[2]
 

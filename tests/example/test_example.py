@@ -7,8 +7,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 
 from example import build_example
@@ -62,7 +64,9 @@ BOX = (
 
 def test_crown_mask_is_the_union_of_boxes():
     xml = VOC.format(BOX.format(1, 2, 5, 4) + BOX.format(3, 2, 9, 4)).encode()
-    mask = build_example.crown_mask(xml, 6, 8)  # the second box ends outside the scene
+    mask = build_example.crown_mask(
+        build_example.crown_boxes(xml), 6, 8
+    )  # the second box ends outside the scene
     expected = np.zeros((6, 8), dtype=bool)
     expected[2:4, 1:8] = True
     np.testing.assert_array_equal(mask, expected)
@@ -132,10 +136,32 @@ def test_building_twice_gives_the_same_bytes(tiny_wheel, tmp_path):
         (tmp_path / name).mkdir()
         rows = build_example.build(tiny_wheel, tmp_path / name)
         built.append(files(tmp_path / name))
-    assert len(rows) == 4 * 8 and len(built[0]) == 3
+    assert len(rows) == 4 * 8 and len(built[0]) == 5
     assert built[0] == built[1]
     build_example.build(tiny_wheel, tmp_path / "a")  # over an earlier build
     assert files(tmp_path / "a") == built[0]
+
+
+def test_the_scene_is_the_ground_of_the_test_chips(rows):
+    """Cells of one chip, on the grid of the chips, show what the chips show."""
+    read = {}
+    with zipfile.ZipFile(EXAMPLE / "chips.zip") as archive, rasterio.open(example.SCENE) as scene:
+        pixels = scene.read().transpose(1, 2, 0).astype(int)
+        for row in rows:
+            name, chip_row, col = Path(row["img_path"]).stem.rsplit("_", 2)
+            if name == build_example.MAPPED and row["split"] == "test":
+                chip = Image.open(io.BytesIO(archive.read(row["img_path"])))
+                read[int(chip_row), int(col)] = np.asarray(chip).astype(int)
+        side, first = build_example.CHIP_SIZE, min(row for row, _ in read)
+        for (row, col), chip in read.items():
+            top, left = (row - first) * side, col * side
+            difference = np.abs(pixels[top : top + side, left : left + side] - chip).mean()
+            assert difference < 8, (row, col)  # two JPEGs of one picture; of two, over 20
+        crowns = gpd.read_parquet(example.CROWNS)
+        assert len(read) == 130 and len(crowns) > 100
+        assert scene.bounds.left <= crowns.total_bounds[0]
+        assert crowns.total_bounds[3] <= scene.bounds.top + 1e-9
+    assert example.SCENE.stat().st_size + example.CROWNS.stat().st_size <= 3_000_000
 
 
 @pytest.fixture

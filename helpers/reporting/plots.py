@@ -18,11 +18,7 @@ from matplotlib.figure import Figure
 from helpers.records import written_whole
 
 PALETTE = sns.color_palette("colorblind")
-
-
 PAGE = 9.0  # inches, the width of a rendered notebook
-
-
 METRIC_NAMES = {
     "accuracy": "accuracy",
     "precision": "precision",
@@ -67,6 +63,18 @@ def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) ->
     return Image(filename=str(path))
 
 
+def _titled(figure: Figure, title: str) -> Figure:
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def _bars(rows: pd.DataFrame, column: str = "value", prefix: str = "") -> np.ndarray:
+    """How far an interval reaches below and above its value, (2, rows), as `errorbar` wants it."""
+    ends = rows[[f"{prefix}low", f"{prefix}high"]].to_numpy().T
+    return np.abs(ends - rows[column].to_numpy())
+
+
 def as_rgb(chip: np.ndarray) -> np.ndarray:
     """A chip (bands, H, W) as (H, W, 3) in 0..1: its first three bands, or the first as grey.
 
@@ -108,27 +116,18 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
     """Loss, accuracy and AUROC by epoch; a dotted line marks the epoch that was kept."""
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.2))
     best = history.epoch[history.valid_loss.idxmin()]
-    panels = (
-        ("loss (mean cross entropy per image)", {"train": "train_loss", "valid": "valid_loss"}),
-        (
-            "share",
-            {
-                "train accuracy": "train_acc",
-                "valid accuracy": "valid_acc",
-                "valid AUROC": "valid_auroc",
-            },
-        ),
-    )
-    for axis, (label, columns) in zip(axes, panels, strict=True):
+    loss = {"train": "train_loss", "valid": "valid_loss"}
+    share = {"train accuracy": "train_acc", "valid accuracy": "valid_acc",
+             "valid AUROC": "valid_auroc"}  # fmt: skip
+    panels = {"loss (mean cross entropy per image)": loss, "share": share}
+    for axis, (label, columns) in zip(axes, panels.items(), strict=True):
         for name, column in columns.items():
             axis.plot(history.epoch, history[column], label=name)
         axis.axvline(best, color="0.4", linestyle=":", label=f"kept: epoch {best}")
         axis.set(xlabel="epoch", ylabel=label)
         axis.legend(fontsize=8)
     axes[0].set_ylim(bottom=0)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
@@ -152,9 +151,7 @@ def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
         )
         axis.tick_params(axis="y", rotation=0)
         axis.label_outer()
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def intervals(table: pd.DataFrame, title: str) -> Figure:
@@ -172,9 +169,7 @@ def intervals(table: pd.DataFrame, title: str) -> Figure:
             axis.plot(row.value, height, "o", color=colour)
         axis.set(title=METRIC_NAMES[metric], yticks=range(len(names)), yticklabels=names)
         axis.margins(y=0.15)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Figure:
@@ -194,24 +189,20 @@ def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Fig
     for method, groups in table.groupby("method", sort=False):
         overall = np.average(groups.accuracy, weights=groups.chips)
         rows = groups.set_index("group").loc[sizes.index]
-        bars = np.abs(rows[["low", "high"]].to_numpy().T - rows.accuracy.to_numpy())
-        style = styles[method] | {"linestyle": ""}
+        style = styles[method]
         axis.errorbar(
-            rows.accuracy, np.arange(len(rows)) + spread[method], xerr=bars, markersize=4,
-            capsize=2, label=f"{method}, all groups: {overall:.3f}", **style,
+            rows.accuracy, np.arange(len(rows)) + spread[method], xerr=_bars(rows, "accuracy"),
+            markersize=4, capsize=2, label=f"{method}, all groups: {overall:.3f}",
+            **style | {"linestyle": ""},
         )  # fmt: skip
-        axis.axvline(
-            overall, color=style["color"], linestyle=styles[method]["linestyle"], linewidth=1
-        )
+        axis.axvline(overall, color=style["color"], linestyle=style["linestyle"], linewidth=1)
     names = [f"{group} ({chips} chips)" for group, chips in sizes.items()]
     axis.set(
         yticks=np.arange(len(sizes)), yticklabels=names, xlabel="test accuracy, exact 95 % interval"
     )
     axis.tick_params(axis="y", labelsize=8)
     axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
@@ -220,30 +211,20 @@ def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(PAGE * 0.85, 1.2 + 0.4 * len(names)))
     for number, (head, rows) in enumerate(table.groupby("head", sort=False)):
         heights = np.array([names.index(name) for name in rows.chips]) + 0.1 - 0.2 * number
-        bars = np.abs(rows[["auroc_low", "auroc_high"]].to_numpy().T - rows.auroc.to_numpy())
         axis.errorbar(
-            rows.auroc, heights, xerr=bars, fmt="o", color=PALETTE[number], capsize=2, label=head
-        )
+            rows.auroc, heights, xerr=_bars(rows, "auroc", "auroc_"), fmt="o",
+            color=PALETTE[number], capsize=2, label=head,
+        )  # fmt: skip
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="test AUROC, 95 % interval")
     axis.legend(title="head", fontsize=8, loc="upper left")
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
     """Counts of test chips by true and predicted class."""
     figure, axis = plt.subplots(figsize=(3.2 + 0.4 * len(classes), 2.2 + 0.3 * len(classes)))
-    sns.heatmap(
-        np.array(matrix),
-        annot=True,
-        fmt="d",
-        cmap="cividis",
-        cbar=False,
-        xticklabels=classes,
-        yticklabels=classes,
-        ax=axis,
-    )
+    names = {"xticklabels": classes, "yticklabels": classes}
+    sns.heatmap(np.array(matrix), annot=True, fmt="d", cmap="cividis", cbar=False, ax=axis, **names)
     axis.set(xlabel="predicted", ylabel="true", title=title)
     figure.tight_layout()
     return figure
@@ -291,9 +272,7 @@ def method_curves(histories: pd.DataFrame, title: str) -> Figure:
         axis.set(xlabel="epoch", ylabel=label, xscale="log")
         axis.xaxis.set_major_formatter("{x:.0f}")
     axes[0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
@@ -319,10 +298,9 @@ def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None
         points = points.sort_values(x)
         # Seeds of one method and place stand side by side.
         number = points.groupby(x).cumcount() - (points.groupby(x)[x].transform("size") - 1) / 2
-        bars = np.abs(points[["low", "high"]].to_numpy().T - points.value.to_numpy())
         axis.errorbar(
-            points[x] * 1.06**number, points.value, bars, markersize=4, capsize=2, linewidth=1,
-            label=method, **styles[method] | ({} if lines else {"linestyle": ""}),
+            points[x] * 1.06**number, points.value, _bars(points), markersize=4, capsize=2,
+            linewidth=1, label=method, **styles[method] | ({} if lines else {"linestyle": ""}),
         )  # fmt: skip
     name = f"test {METRIC_NAMES[metric]}, 95 % interval"
     axis.set(xscale="log", xlabel=x.replace("train_", "training ").replace("_", " "), ylabel=name)
@@ -348,9 +326,8 @@ def headline(table: pd.DataFrame, title: str) -> Figure:
         for place, method in enumerate(methods):
             seeds = tests[(tests.method == method) & (tests.metric == metric)]
             offsets = np.linspace(-0.25, 0.25, len(seeds)) if len(seeds) > 1 else [0]
-            bars = np.abs(seeds[["low", "high"]].to_numpy().T - seeds.value.to_numpy())
             axis.errorbar(
-                place + np.asarray(offsets), seeds.value, bars, markersize=4, capsize=2,
+                place + np.asarray(offsets), seeds.value, _bars(seeds), markersize=4, capsize=2,
                 linewidth=1, **styles[method] | {"linestyle": ""},
             )  # fmt: skip
         axis.set_xticks(range(len(methods)), [m.replace("_", "\n") for m in methods])
@@ -358,9 +335,7 @@ def headline(table: pd.DataFrame, title: str) -> Figure:
             ylabel=f"test {METRIC_NAMES[metric]}, 95 % interval", xlim=(-0.6, len(methods) - 0.4)
         )
     _against(axes[2], by_size, "train_chips", "auroc", lines=True)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
@@ -376,9 +351,7 @@ def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
     for axis in axes:
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
@@ -417,6 +390,4 @@ def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
         axis.set(title=method, xlabel="layer", ylabel="block")
         axis.tick_params(axis="y", rotation=0)
         axis.label_outer()
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)

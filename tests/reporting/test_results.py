@@ -92,13 +92,28 @@ def test_the_published_notebook_is_executed_clean_and_small(name):
     assert str(ROOT) not in path.read_text()
 
 
+def committed(pattern):
+    command = ["git", "ls-files", pattern]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
 def test_no_chip_of_the_published_data_is_in_the_repository():
-    files = subprocess.run(
-        ["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
+    files = committed("reports")
     assert files and not [f for f in files if f.endswith((".jpg", ".jpeg", ".tif", ".npy"))]
     chips = ("setup_chips.png", "setup_errors.png")
     assert not [f for f in files if f.endswith(chips)]
+
+
+def test_only_figures_that_a_page_links_to_are_committed():
+    """And every one of them, and what `make results` reads: pictures stand in the notebooks."""
+    needed = set()
+    for folder in ("", "reports/hurricane_harvey/"):
+        page = (ROOT / folder / "README.md").read_text()
+        needed |= {folder + link for link in re.findall(r"\]\(([^)]*figures/[^)]*\w)\)", page)}
+        needed.add(f"{folder}figures/lora_shortcuts.csv")
+    assert set(committed(":(glob)**/figures/*")) == needed
 
 
 def test_a_part_without_a_place_is_an_error():

@@ -18,7 +18,7 @@ from papermill.iorw import read_yaml_file
 
 from helpers.evaluation import comparison
 from helpers.evaluation.baselines import read_baselines
-from helpers.evaluation.seeds import method_means, test_draws
+from helpers.evaluation.seeds import Draws, method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, plots
@@ -75,10 +75,14 @@ class Published:
         return comparison.main_runs(self.all_runs, self.config)
 
     @cached_property
+    def draws(self) -> dict[tuple[str, int], Draws]:
+        """Bootstrap draws of the test metrics of the main runs."""
+        return {pair: test_draws(run.test_predictions) for pair, run in self.runs.items()}
+
+    @cached_property
     def means(self) -> pd.DataFrame:
         """Test accuracy and AUROC of every method, over its seeds."""
-        draws = {pair: test_draws(run.test_predictions) for pair, run in self.runs.items()}
-        return method_means(self.runs, draws, ("accuracy", "auroc"))
+        return method_means(self.runs, self.draws, ("accuracy", "auroc"))
 
     @cached_property
     def baselines(self) -> dict[str, dict]:
@@ -100,7 +104,7 @@ class Published:
     def answers(self) -> dict[str, str]:
         """Question -> answer, from the records."""
         shortcuts = self.table("figures/lora_shortcuts.csv")
-        said = answers.comparison_answers(self.config, self.runs, shortcuts)
+        said = answers.comparison_answers(self.config, self.runs, self.draws, shortcuts)
         return said | {DEPLOYED: answers.form_answer(*self.served)}
 
 

@@ -14,7 +14,7 @@ from helpers.deployment.scoring import PredictConfig
 from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
 from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_by_group, accuracy_intervals
-from helpers.evaluation.seeds import gain_over, method_gains, method_means, test_draws
+from helpers.evaluation.seeds import Draws, gain_over, method_gains, method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import environment
 from helpers.training.config import RunConfig, TrainingConfig
@@ -35,16 +35,19 @@ def _over(row) -> str:
 
 
 def comparison_answers(
-    config: CompareConfig, runs: dict[tuple[str, int], Run], shortcuts: pd.DataFrame
+    config: CompareConfig,
+    runs: dict[tuple[str, int], Run],
+    draws: dict[tuple[str, int], Draws],
+    shortcuts: pd.DataFrame,
 ) -> dict[str, str]:
     """Question -> answer, from the records of a comparison.
 
     Args:
         config: of the comparison.
         runs: the main runs, by method and seed.
+        draws: `test_draws` of each.
         shortcuts: of `robustness.shortcut_check`, on LoRA or the last method that is compared.
     """
-    draws = {pair: test_draws(run.test_predictions) for pair, run in runs.items()}
     gains = method_gains(runs, draws)
     first = first_seed(runs)
     shown = "lora" if "lora" in first else list(first)[-1]

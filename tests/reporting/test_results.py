@@ -58,10 +58,9 @@ def test_every_answer_stands_where_its_link_leads():
         assert answer.strip() in section_text(ROOT / target, anchor), (target, anchor, answer)
 
 
-def test_the_headline_follows_its_records(monkeypatch):
+def test_the_headline_follows_its_records(sets):
     """Another prediction there is another number here."""
-    data_set = results.published()["hurricane_harvey"]
-    before = results.methods_table(data_set)
+    before = results.methods_table(sets["hurricane_harvey"])
     changed = results.published()["hurricane_harvey"]
     run = changed.runs["full", changed.config.seeds[0]]
     run.predictions.loc[:, "p_damage"] = 1 - run.predictions.p_damage

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from helpers.models.classifier import Classifier
+from helpers.training.features import evaluated_on
 
 
 @torch.inference_mode()
-def token_components(classifier: Classifier, chips: Tensor) -> np.ndarray:
+def token_components(classifier: Classifier, chips: Tensor, device: str = "cpu") -> np.ndarray:
     """First three principal components of all patch tokens, as colours at chip size.
 
     The picture that DINOv2 is known for (Oquab et al. 2023, figure 1), here with one common PCA
@@ -21,12 +22,13 @@ def token_components(classifier: Classifier, chips: Tensor) -> np.ndarray:
     Args:
         classifier: its head is not used.
         chips: (N, bands, S, S).
+        device: where the forward pass runs; the classifier stays where it is.
 
     Returns:
         (N, S, S, 3) float in 0..1.
     """
-    classifier.eval()
-    tokens = classifier.backbone.forward_features(classifier.normalize(chips))
+    with evaluated_on(classifier, device):
+        tokens = classifier.backbone.forward_features(classifier.normalize(chips.to(device)))
     patches = tokens[:, classifier.backbone.num_prefix_tokens :].cpu()
     side = classifier.backbone.patch_embed.grid_size[0]
     patches = patches - patches.mean(dim=0)
@@ -54,7 +56,7 @@ def weight_changes(before: Classifier, after: Classifier) -> pd.DataFrame:
         modules = dict(new.named_modules())
         for name, module in old.named_modules():
             if isinstance(module, nn.Linear):
-                difference = modules[name].weight - module.weight
+                difference = modules[name].weight.to(module.weight.device) - module.weight
                 change = float(difference.norm() / module.weight.norm())
                 rows.append({"block": block, "layer": name, "relative_change": change})
     return pd.DataFrame(rows)

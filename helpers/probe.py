@@ -4,13 +4,17 @@
 """
 
 from helpers.console import run_command
+from helpers.data.report import data_warnings
 from helpers.evaluation.baselines import ProbeConfig, probe
 
 
 def main() -> None:
     """Probe the frozen features of a backbone on a data set."""
     config = ProbeConfig.from_arguments(main.__doc__)
-    print(probe(config, config.data()).to_string(index=False, float_format="{:.3f}".format))
+    data = config.data()
+    for warning in data_warnings(data):
+        print(warning)
+    print(probe(config, data).to_string(index=False, float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is in a data set, in plain text."""
+"""What is in a data set, and what is wrong with it, in plain text."""
 
 import pandas as pd
 
@@ -49,3 +49,15 @@ def data_report(data: ChipData) -> str:
     if len(data.skipped) > 10:
         lines.append(f"  and {len(data.skipped) - 10} more")
     return "\n".join([*lines[:2], "", counts.to_string(), "", *lines[2:]])
+
+
+def data_warnings(data: ChipData) -> list[str]:
+    """What a person must know of the data before training on them, one line each."""
+    lines = [f"WARNING: leakage: {leak}" for leak in data.leaks]
+    if len(data.skipped):
+        first = data.skipped.iloc[0]
+        lines.append(
+            f"WARNING: {len(data.skipped)} unreadable files skipped, e.g. {first.img_path}: "
+            f"{first.reason}"
+        )
+    return lines

@@ -11,11 +11,12 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from helpers import InputError
 from helpers.data.dataset import ChipData, DataConfig
+from helpers.data.report import data_warnings
 from helpers.evaluation.baselines import baselines
 from helpers.metrics import mcnemar, paired_difference, reliability
 from helpers.models.adapters import METHODS
 from helpers.training.config import ReportConfig, RunConfig, TrainingConfig
-from helpers.training.jobs import check_ready, data_warnings, finished
+from helpers.training.jobs import check_ready, finished
 from helpers.training.loop import STEP_PARTS
 from helpers.training.methods import training_loop
 from helpers.training.runs import Run, class_probabilities, read_run

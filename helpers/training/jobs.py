@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from helpers import InputError
 from helpers.data.dataset import ChipData
+from helpers.data.report import data_warnings
 from helpers.training.config import RunConfig
 from helpers.training.methods import train
 from helpers.training.runs import (
@@ -48,18 +49,6 @@ def finished(config: RunConfig, data: ChipData, report=print) -> tuple[Run, bool
     if PartialState().is_main_process:
         save_run(config, run)
     return run, False
-
-
-def data_warnings(data: ChipData) -> list[str]:
-    """What a person must know of the data before training on them, one line each."""
-    lines = [f"WARNING: leakage: {leak}" for leak in data.leaks]
-    if len(data.skipped):
-        first = data.skipped.iloc[0]
-        lines.append(
-            f"WARNING: {len(data.skipped)} unreadable files skipped, e.g. {first.img_path}: "
-            f"{first.reason}"
-        )
-    return lines
 
 
 def check_ready(config: RunConfig, data: ChipData) -> None:

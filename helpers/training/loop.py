@@ -88,9 +88,9 @@ def fit(
         The progress at the end; the model holds each candidate's parameters of its best epoch.
 
     Raises:
-        InputError: no candidate finished an epoch with a finite loss; the message names the epoch
-            and the batch. A loss that breaks later stops its candidate, which keeps its best
-            epoch, and is noted in `Progress.failures`.
+        InputError: every candidate's loss broke, at whatever epoch; the message names the first's
+            epoch and batch, and the checkpoint is gone. Where some break, they are out of the
+            race, and `Progress.failures` says why.
     """
     loop = Loop(model, groups, train, settings, accelerator)
     initial, random = copy.deepcopy(loop.progress), _random_state()
@@ -104,8 +104,6 @@ def fit(
 
     attempt()
     progress = loop.progress
-    if math.isinf(min(progress.best_loss)):
-        raise InputError(f"{progress.failures[0]}; lower the learning rate or check the chips")
     _copy_into(groups, progress.best_values)
     accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)  # no autocast outside of training
     return progress
@@ -202,6 +200,12 @@ class Loop:
             probabilities = predict(self.model, valid, self.micro_batch, self.accelerator)
             row |= _validate(probabilities, valid.targets, bool(self.settings.class_weights))
             progress.record(self.groups, row, self.settings.patience)
+            if all(progress.failures):
+                if checkpoint:
+                    checkpoint.path.unlink(missing_ok=True)  # it leads here again
+                raise InputError(
+                    f"{progress.failures[0]}; lower the learning rate or check the chips"
+                )
             leader = progress.histories[progress.best][-1]
             if leader["epoch"] == progress.epoch:
                 self.accelerator.log(leader, step=progress.epoch)

@@ -53,7 +53,7 @@ class Progress:
         return pd.DataFrame(self.histories[candidate], columns=HISTORY_COLUMNS)
 
     def note_failures(self, losses: Tensor) -> None:
-        """Stop candidates with a loss that is not finite; losses (batches, candidates)."""
+        """Note candidates with a loss that is not finite; losses (batches, candidates)."""
         for candidate in (~losses.isfinite()).any(dim=0).nonzero().flatten().tolist():
             if not self.stopped[candidate]:
                 batch = int((~losses[:, candidate].isfinite()).nonzero()[0]) + 1
@@ -62,13 +62,22 @@ class Progress:
                 )
 
     def record(self, groups: list[dict], row: dict, patience: int) -> None:
-        """Append the epoch to the histories of those that still run; keep the best values."""
+        """Append the epoch to the histories of those that still run; keep the best values.
+
+        A candidate that broke has no best epoch: what it learned before is not to be relied on.
+        """
         for candidate, group in enumerate(groups):
             if self.stopped[candidate]:
                 continue
             line = {k: v[candidate] if isinstance(v, list) else v for k, v in row.items()}
             self.histories[candidate].append(line)
-            if line["valid_loss"] < self.best_loss[candidate] and not self.failures[candidate]:
+            if not math.isfinite(line["valid_loss"]) and not self.failures[candidate]:
+                self.failures[candidate] = (
+                    f"the validation loss is not finite at epoch {self.epoch}"
+                )
+            if self.failures[candidate]:
+                self.best_loss[candidate], self.best_epoch[candidate] = math.inf, 0
+            elif line["valid_loss"] < self.best_loss[candidate]:
                 self.best_loss[candidate] = line["valid_loss"]
                 self.best_epoch[candidate] = self.epoch
                 self.best_values[candidate] = [p.detach().clone() for p in group["params"]]

@@ -157,7 +157,7 @@ def finished_run(
         "chips": {split: int((data.manifest.split == split).sum()) for split in SPLITS},
         "best_epoch": progress.best_epoch[progress.best],
         "epochs_trained": len(history),
-        "failure": progress.failures[progress.best] or _worse_than_chance(config, data, progress),
+        "failure": _worse_than_chance(config, data, progress),
         "candidates": candidates.replace([np.inf, np.nan], None).to_dict("records"),
         "valid": metric_values(predictions[predictions.split == "valid"]),
         "test": metric_entries(predictions[predictions.split == "test"]),

@@ -15,6 +15,7 @@ class Fault:
         arguments: what is typed after `python -m helpers.`, or a list where quoting cannot say it.
         says: words that must all stand in the answer.
         code: exit status; with 2, the answer is one line on stderr that begins with `error: `.
+        patch: a dotted name and what stands in its place while the command runs: a full disk.
     """
 
     name: str
@@ -22,3 +23,4 @@ class Fault:
     arguments: str | list[str]
     says: tuple[str, ...]
     code: int = 2
+    patch: tuple[str, object] | None = None

@@ -47,6 +47,8 @@ def test_fault(fault, tmp_path, monkeypatch, capfd, recwarn):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(console, "EVERY", 3600)  # no lines of progress beside the one we look for
+    if fault.patch:
+        monkeypatch.setattr(*fault.patch)
     capfd.readouterr()
     previous = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
@@ -68,4 +70,5 @@ def test_fault(fault, tmp_path, monkeypatch, capfd, recwarn):
     if code:
         after = digests(tmp_path)
         assert {path: after.get(path) for path in before} == before
+    assert not (tmp_path / "executed").exists(), "a pickle was executed"
     assert not [path for path in tmp_path.rglob(".*") if ".part" in path.name]

@@ -29,7 +29,7 @@ def fake_features(n, seed, **options):
     return Features(*fake_examples(n, seed, **options), 0.0, False)
 
 
-def fit_one(learning_rate=0.01, train=None, **settings):
+def fit_one(learning_rate=0.01, train=None, valid=None, **settings):
     """Fit one linear layer; return it with the progress."""
     torch.manual_seed(0)
     head = nn.Linear(5 * WIDTH, 2)
@@ -37,7 +37,7 @@ def fit_one(learning_rate=0.01, train=None, **settings):
         head,
         [{"params": list(head.parameters()), "lr": learning_rate, "weight_decay": 0.0}],
         train or FeatureExamples(*fake_examples(90, 0)),
-        FeatureExamples(*fake_examples(40, 1)),
+        valid or FeatureExamples(*fake_examples(40, 1)),
         FitSettings(**{"epochs": 12, "patience": 12, "batch_size": 32} | settings),
         accelerator=Accelerator(cpu=True),
         report=lambda line: None,
@@ -119,7 +119,7 @@ def test_a_broken_loss_names_epoch_and_batch():
         fit_one(train=FeatureExamples(values, targets))
 
 
-def test_a_loss_that_breaks_later_keeps_the_best_so_far():
+def test_a_loss_that_breaks_later_is_an_error_all_the_same():
     values, targets = fake_examples(90, 0)
 
     class BreaksLater(FeatureExamples):
@@ -129,10 +129,15 @@ def test_a_loss_that_breaks_later_keeps_the_best_so_far():
             BreaksLater.calls += 1
             return super().take(rows, views) * (math.nan if BreaksLater.calls > 5 else 1)
 
-    head, progress = fit_one(train=BreaksLater(values, targets))
-    assert progress.failures[0].startswith("the training loss is not finite at epoch 2, batch 3")
-    assert progress.best_epoch[0] == 1 and progress.stopped[0]
-    assert all(p.isfinite().all() for p in head.parameters())
+    with pytest.raises(InputError, match="training loss is not finite at epoch 2, batch 3; lower"):
+        fit_one(train=BreaksLater(values, targets))
+
+
+def test_a_validation_loss_that_is_not_finite_is_an_error():
+    values, targets = fake_examples(40, 1)
+    values[0, 5] = math.nan
+    with pytest.raises(InputError, match="the validation loss is not finite at epoch 1; lower"):
+        fit_one(valid=FeatureExamples(values, targets))
 
 
 def test_one_candidate_that_breaks_leaves_the_others_alone():

@@ -252,9 +252,10 @@ def test_only_variants_within_the_gate_are_recommended():
 
 
 def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
-    arguments = ["--variants", "pruned_50", "eager_fp32", "onnx_fp32", "sparse_2_4",
-                 "--load_variants", "onnx_fp32", "--load_fractions", "0.5",
-                 "--competing", "0", "1", "--max_batch", "2"]  # fmt: skip
+    """The notebook's test has exported variants, competing processes and several processes."""
+    arguments = ["--variants", "pruned_50", "eager_fp32", "sparse_2_4", "--run_name", "mine",
+                 "--load_variants", "eager_fp32", "--load_fractions", "0.5",
+                 "--competing", "0", "--processes", "1", "--max_batch", "2"]  # fmt: skip
     for name in ("model_path", "data_path", "output_path", "results_path", "load_seconds"):
         arguments += [f"--{name}", str(getattr(configured(folder), name))]
     arguments += ["--percentiles", "50", "--batch_sizes", "1", "4", "--latency_samples", "6", "5"]
@@ -263,27 +264,23 @@ def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
     production_benchmarking.main()
     printed = capsys.readouterr().out
     assert "Deploy " in printed and "Not an MLPerf submission" in printed
-    record = json.loads((folder / "results/benchmark_tiny.json").read_text())
+    record = json.loads((folder / "results/mine.json").read_text())
     assert record["mlperf_submission"] is False
     assert record["config"]["max_batch"] == 2
     assert record["environment"]["packages"]["onnxruntime"]
     assert len(record["calibration"]) == 24 and record["calibration"][0].startswith("train/")
     assert sorted(path.name for path in (folder / "results").iterdir()) == [
-        "benchmark_tiny.csv", "benchmark_tiny.json", "benchmark_tiny_latency.parquet"
+        "mine.csv", "mine.json", "mine_latency.parquet"
     ]  # fmt: skip
-    table = pd.read_csv(folder / "results/benchmark_tiny.csv").set_index("variant")
-    assert list(table.index) == ["pruned_50", "eager_fp32", "eager_fp32_again", "onnx_fp32",
-                                 "sparse_2_4"]  # fmt: skip
+    table = pd.read_csv(folder / "results/mine.csv").set_index("variant")
+    assert list(table.index) == ["pruned_50", "eager_fp32", "eager_fp32_again", "sparse_2_4"]
     assert "GPU" in table.unavailable["sparse_2_4"]
-    assert table.peak_mib["onnx_fp32"] < table.peak_mib["eager_fp32"]  # no torch in it
     assert table.costs_as.dropna().to_dict() == {"pruned_50": "eager_fp32"}
     assert table.p50_ms["pruned_50"] == table.p50_ms["eager_fp32"]
     control = table.loc["eager_fp32_again"]  # its accuracy would show nothing
     assert np.isnan(control.accuracy) and control.p50_ms > 0
-    scaling = pd.DataFrame(record["tables"]["scaling"])
-    assert scaling.processes.tolist() == [1, 2] and scaling.efficiency.iloc[0] == 1
-    competition = pd.DataFrame(record["tables"]["competition"])
-    assert competition.competing.tolist() == [0, 0, 1, 1]
+    [scaling] = record["tables"]["scaling"]
+    assert scaling["processes"] == 1 and scaling["efficiency"] == 1
 
 
 def test_the_reference_is_never_measured_without_its_control():

@@ -13,13 +13,12 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
+from helpers import InputError
 from helpers.benchmarking.bench import BenchmarkConfig
 from helpers.deployment.mapping import MapConfig
 from helpers.evaluation.comparison import CompareConfig
 from helpers.records import ROOT
-from helpers.training.config import NotebookConfig, RunConfig
-from helpers.training.methods import train
-from helpers.training.runs import save_run
+from helpers.training.config import NotebookConfig
 from tests.fake_data import manifest_folder, split_folders
 from tools.run_notebooks import NOTEBOOKS, render
 
@@ -29,16 +28,23 @@ CONFIGS = {
     "benchmark": BenchmarkConfig,
     "map_scene": MapConfig,
 }
-# Two dozen variants take minutes, and what this notebook prints of them varies; three show that
-# its cells run as stored. One thread, since threads that wait for each other beside another test
-# run many times as long.
+# What their stored outputs are compared with takes minutes with the defaults, and what these
+# parameters change is not compared: fewer epochs; variants of every kind, one of which needs a GPU.
+# One thread, since threads that wait for each other beside another test run many times as long.
 SHORTER = {
-    "variants = None": 'variants = ["eager_fp32", "onnx_fp32", "openvino_int8"]',
-    "threads = None": "threads = 1",
-    "load_seconds = 0.5": "load_seconds = 0.2",
-    "load_fractions = [0.3, 0.5, 0.7, 0.9, 1.1]": "load_fractions = [0.3, 0.5]",
-    "latency_bound_ms = 100.0": "latency_bound_ms = 2000.0",
+    "finetune_lora": {"epochs = None": "epochs = 2"},
+    "benchmark": {
+        "variants = None": 'variants = ["eager_fp32", "lora_merged", "onnx_fp32", "openvino_int8", '
+        '"sparse_2_4"]',
+        "threads = None": "threads = 1",
+        "load_variants = None": 'load_variants = ["onnx_fp32"]',
+        "load_seconds = 0.5": "load_seconds = 0.2",
+        "load_fractions = [0.3, 0.5, 0.7, 0.9, 1.1]": "load_fractions = [0.3, 0.5]",
+        "latency_bound_ms = 100.0": "latency_bound_ms = 2000.0",
+    },
 }
+# The others use the model that the first notebook leaves.
+CHAINS = [("setup_finetune", "benchmark", "map_scene"), ("finetune_lora",)]
 
 
 def read(name):
@@ -86,51 +92,49 @@ def test_the_committed_notebook_is_executed_clean_and_small(name):
     assert "papermill" not in read(name).metadata, "its notes hold paths of the machine"
 
 
-def shorten(cells):
-    """Replace the default of some parameters in the parameters cell."""
-    parameters = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    for default, value in SHORTER.items():
+def shortened(name):
+    """A notebook with other defaults of some parameters."""
+    notebook = read(name)
+    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    for default, value in SHORTER.get(name, {}).items():
         assert default in parameters.source
         parameters.source = parameters.source.replace(default, value)
+    return notebook
 
 
-def train_default_model(folder):
-    """What the first notebook leaves for the third."""
-    config = RunConfig(
-        output_path=str(folder / "models"),
-        history_path=str(folder / "history"),
-        cache_path=str(folder / "cache"),
-    )
-    save_run(config, train(config, config.data()))
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_stored_outputs_are_what_the_notebook_gives(name, tmp_path):
+@pytest.mark.parametrize("names", CHAINS, ids="-".join)
+def test_the_stored_outputs_are_what_the_notebooks_give(names, tmp_path):
     """nbval, on a copy of the project, so that nothing in the work tree changes."""
     for part in ("helpers", "example"):
         shutil.copytree(ROOT / part, tmp_path / part)
-    notebook = read(name)
-    if name == "benchmark":
-        shorten(notebook.cells)
-    if name in ("benchmark", "map_scene"):
-        train_default_model(tmp_path)
-    nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    files = [f"{name}.ipynb" for name in names]
+    for name, file in zip(names, files, strict=True):
+        nbformat.write(shortened(name), tmp_path / file)
+    options = ["-q", "-p", "no:cacheprovider", "--nbval"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--nbval",
-            f"{name}.ipynb",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+        [sys.executable, "-m", "pytest", *options, *files],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:]
+    if "benchmark" in names:
+        check_benchmark(tmp_path / "runs")
+
+
+def check_benchmark(made):
+    """What the notebook leaves: every variant asked for, the loads, the figures."""
+    name = "benchmark_head_only_example_example_seed0"
+    table = pd.read_csv(made / f"benchmark_results/{name}.csv").set_index("variant")
+    variants = ["lora_merged", "onnx_fp32", "openvino_int8", "sparse_2_4"]
+    assert list(table.index) == ["eager_fp32", "eager_fp32_again", *variants]
+    assert "GPU" in table.unavailable["sparse_2_4"]
+    assert table.peak_mib["onnx_fp32"] < table.peak_mib["eager_fp32"]  # no torch in it
+    tables = json.loads((made / f"benchmark_results/{name}.json").read_text())["tables"]
+    assert [row["processes"] for row in tables["scaling"]] == [1, 2]
+    assert [row["competing"] for row in tables["competition"]] == [0, 0, 2, 2]
+    figures = {path.stem for path in (made / "figures").glob("benchmark_*.png")}
+    shown = ("latency", "roofline", "load_curve", "sharing", "pareto")
+    assert figures == {f"benchmark_{name}" for name in shown}
+    assert (made / name / "onnx_fp32.onnx").is_file()
 
 
 def test_setup_with_other_parameters_on_other_data(tmp_path):
@@ -204,18 +208,33 @@ def test_lora_with_other_parameters(tmp_path):
     assert "Is DoRA worth its extra cost?" in (tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"epoch": 3}, "epoch: unknown parameter; the notebook's parameters are data_path"),
-        ({"epochs": "many"}, "epochs: Input should be a valid integer"),
-        ({"image_size": 100}, "image_size: 100 is not a multiple of example's patch size 14"),
-        ({"data_path": "nowhere"}, "data_path: nowhere does not exist"),
-    ],
-)
-def test_a_wrong_parameter_stops_the_notebook_with_one_clear_error(tmp_path, parameters, message):
+def test_a_wrong_parameter_stops_a_run_of_papermill_with_one_clear_error(tmp_path):
     with pytest.raises(PapermillExecutionError) as error:
-        run("setup_finetune", tmp_path, **parameters)
+        run("setup_finetune", tmp_path, epoch=3)
     assert error.value.ename == "InputError"
+    message = "epoch: unknown parameter; the notebook's parameters are data_path"
     assert error.value.evalue.startswith(message)
     assert not (tmp_path / "history").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("setup_finetune", {"epochs": "many"}, "epochs: Input should be a valid integer"),
+        ("setup_finetune", {"data_path": "nowhere"}, "data_path: nowhere does not exist"),
+        ("finetune_lora", {"seed": 0}, "seed: unknown parameter"),
+        ("finetune_lora", {"data_path": "nowhere"}, "data_path: nowhere does not exist"),
+        ("benchmark", {"varients": ["eager_fp32"]}, "varients: unknown parameter"),
+        ("map_scene", {"strides": 7}, "strides: unknown parameter"),
+    ],
+)
+def test_a_wrong_parameter_stops_every_notebook(name, parameters, message, tmp_path, monkeypatch):
+    """In its first cells, run in this process as papermill's kernel has them."""
+    monkeypatch.chdir(tmp_path)
+    first, *others = (cell.source for cell in code_cells(name)[:4])
+    given = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in parameters.items())
+    namespace = {"In": ["", first, given]}
+    with pytest.raises(InputError, match=f"^{message}"):
+        for source in (first, given, *others):
+            exec(source, namespace)
+    assert not list(tmp_path.iterdir())

@@ -1,9 +1,33 @@
 """Random numbers in the layouts that weights are published in, shared by the tests."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from helpers.models.architectures import ARCHITECTURES
+from helpers.models.classifier import create_classifier
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """An architecture of two blocks by that name, since exporting twelve takes a minute."""
+    example = ARCHITECTURES["example"]
+    ARCHITECTURES["tiny"] = replace(example, overrides=example.overrides | {"depth": 2})
+    yield "tiny"
+    del ARCHITECTURES["tiny"]
+
+
+def lively_classifier(config, seed=0):
+    """A classifier with random weights of which every block matters, whatever its depth."""
+    torch.manual_seed(seed)
+    classifier = create_classifier(config).eval()
+    for block in classifier.backbone.blocks:  # untrained layer scales are 1e-5
+        torch.nn.init.constant_(block.ls1.gamma, 0.3)
+        torch.nn.init.constant_(block.ls2.gamma, 0.3)
+    return classifier
 
 
 def published_state_dict(width, depth, registers):

@@ -27,6 +27,7 @@ HASH_SIDE = 16  # lowest frequencies in each direction: 256 bits
 SAME_LOOK = 20
 GROUPS = "are of the same group as"
 COPIES = "look like re-encoded copies of"
+_PAIRS = 2**17  # hashes that a thread compares at once: 1.2 MB, however many chips there are
 TOUCHING = 0.01  # share of a chip's side by which neighbours may overlap: rounded coordinates
 
 _COSINES = np.cos(
@@ -98,8 +99,10 @@ def _alike(values: pd.Series) -> Relation:
     hashes = np.frombuffer(b"".join(values.iloc[chips]), np.uint64).reshape(len(chips), -1)
     first = np.ascontiguousarray(hashes[:, 0])
 
+    rows = max(1, _PAIRS // len(chips))
+
     def pairs(start: int) -> np.ndarray:
-        block = first[start : start + 64, None]
+        block = first[start : start + rows, None]
         # The first word of the four rules out nearly all pairs.
         i, j = np.nonzero(np.bitwise_count(block ^ first[start:]) <= SAME_LOOK)
         i, j = i[i < j] + start, j[i < j] + start
@@ -107,7 +110,7 @@ def _alike(values: pd.Series) -> Relation:
         return np.stack([i[same], j[same]], axis=1)
 
     with ThreadPoolExecutor() as pool:  # NumPy's loops release the GIL
-        edges = np.concatenate(list(pool.map(pairs, range(0, len(chips), 64))))
+        edges = np.concatenate(list(pool.map(pairs, range(0, len(chips), rows))))
     return Relation(relation.units, relation.units[chips][edges])
 
 

@@ -21,6 +21,7 @@ from helpers.data.splits import SPLIT_NAMES, SPLITS
 
 REST = "rest"  # the merged negative class of one-vs-rest
 UNPRINTABLE = r"[\x00-\x1f\x7f\ud800-\udfff]"  # line breaks, NUL, bytes that are no UTF-8
+NOT_NORMAL = r"(?:^|/)\.{0,2}(?:/|$)"  # an empty part, `.` or `..`
 
 
 def find_chips(data_path: str, group_column: str) -> tuple[Path, pd.DataFrame, str]:
@@ -96,11 +97,12 @@ def _read_csv(csv: Path, group_column: str) -> pd.DataFrame:
 
 
 def _refuse_rows(
-    source: Path, entries: pd.DataFrame, bad: pd.Series, what: str, remedy: str
+    source: Path, entries: pd.DataFrame, bad: pd.Series | np.ndarray, what: str, remedy: str
 ) -> None:
     if bad.any():
         first = int(bad.argmax())
         row = entries["img_path"].iloc[first] or f"row {first + 1} below the header"
+        row = row if row.isprintable() else ascii(row)
         raise InputError(f"{source}: {row}: {what} ({bad.sum()} of {len(bad)} rows). {remedy}")
 
 
@@ -167,22 +169,23 @@ def check_paths(root: Path, entries: pd.DataFrame) -> pd.DataFrame:
     """Normalise img_path; refuse paths that leave the root and rows that name a file twice."""
     for column in ("img_path", "label"):
         odd = entries[column].str.contains(UNPRINTABLE)
-        shown = entries.assign(img_path=entries["img_path"].map(ascii))
-        _refuse_rows(root, shown, odd, f"{column} holds an unprintable character", "Rename it.")
-    entries = entries.assign(img_path=entries["img_path"].map(posixpath.normpath))
+        _refuse_rows(root, entries, odd, f"{column} holds an unprintable character", "Rename it.")
+    odd = entries["img_path"].str.contains(NOT_NORMAL)  # few: strings of Python's are large
+    entries.loc[odd, "img_path"] = entries.loc[odd, "img_path"].map(posixpath.normpath)
     repeated = entries["img_path"].duplicated()
     _refuse_rows(root, entries, repeated, "is listed twice", "Keep one row a chip.")
     # Only what is a link can lead elsewhere; each folder is resolved once for all its files.
     real_root = os.path.realpath(root)
-    paths = [os.path.join(root, path) for path in entries["img_path"]]
-    folders = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, paths))}
+    folders = set(map(os.path.dirname, entries["img_path"]))
+    folders = {folder: os.path.realpath(root / folder) for folder in folders}
 
     def leaves(path: str) -> bool:
-        is_link = os.path.islink(path)
-        real = os.path.realpath(path) if is_link else folders[os.path.dirname(path)]
+        full = os.path.join(root, path)
+        is_link = os.path.islink(full)
+        real = os.path.realpath(full) if is_link else folders[os.path.dirname(path)]
         return os.path.commonpath([real, real_root]) != real_root
 
-    outside = pd.Series(map(leaves, paths), index=entries.index, dtype=bool)
+    outside = np.fromiter(map(leaves, entries["img_path"]), bool, len(entries))
     remedy = "Use paths relative to the data folder, and put the images inside it."
     _refuse_rows(root, entries, outside, "leaves the data folder", remedy)
     return entries
@@ -262,7 +265,7 @@ def scan(
         except InputError as error:
             return {"img_path": img_path, "reason": str(error)}
 
-    paths, tables, skipped = entries["img_path"].tolist(), [], []
+    paths, tables, skipped = entries["img_path"], [], []
     bar = progress_bar(total=len(paths), desc="reading chips", unit="chip")
     with bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 1024):  # in portions, so that the queue stays short

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,8 +14,8 @@ from helpers.deployment import runtimes
 from helpers.deployment.variants import build, structure
 from helpers.deployment.variants.source import Source, calibration_rows
 from helpers.models.adapters import AdapterSettings, add_adapter
-from helpers.models.architectures import ARCHITECTURES
-from helpers.models.classifier import ClassifierConfig, create_classifier
+from helpers.models.classifier import ClassifierConfig
+from tests.fake_weights import lively_classifier, tiny  # noqa: F401  a fixture
 
 SIZE = 28  # pixels: two by two patches
 NEEDS_GPU = {"int4_weights", "sparse_2_4"}
@@ -45,24 +44,12 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def tiny():
-    """An architecture of two blocks, since exporting twelve takes a minute."""
-    example = ARCHITECTURES["example"]
-    ARCHITECTURES["tiny"] = replace(example, overrides=example.overrides | {"depth": 2})
-    yield
-    del ARCHITECTURES["tiny"]
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def make_classifier(seed=0, **options):
-    torch.manual_seed(seed)
     config = ClassifierConfig("tiny", "random", SIZE, (0, 1, 2), ("no_tree", "tree"), **options)
-    classifier = create_classifier(config).eval()
-    for block in classifier.backbone.blocks:
-        # Untrained layer scales are so small that no block would matter.
-        torch.nn.init.constant_(block.ls1.gamma, 0.3)
-        torch.nn.init.constant_(block.ls2.gamma, 0.3)
-    return classifier
+    return lively_classifier(config, seed)
 
 
 def make_source(folder, **options):
@@ -75,7 +62,7 @@ def make_source(folder, **options):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(tmp_path_factory, tiny):  # noqa: F811
     return make_source(tmp_path_factory.mktemp("variants"))
 
 

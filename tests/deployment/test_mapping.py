@@ -267,7 +267,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small_blocks):
 
     A fork of this process, so that no kill is spent on imports.
     """
-    path = write_scene(tmp_path / "scene.tif", make_values(300, 300))
+    path = write_scene(tmp_path / "scene.tif", make_values(220, 220))
     calls = []
 
     def slow(chips):
@@ -284,7 +284,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small_blocks):
     expected = contents(tmp_path / "out" / "map")
     rng = np.random.default_rng(0)
     gone_on = 0
-    for number in range(12):
+    for number in range(8):
         for file in (tmp_path / "out").iterdir():
             file.unlink()
         # Every third kill comes late, among the steps that publish.
@@ -303,7 +303,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small_blocks):
         assert {p.name for p in (tmp_path / "out").iterdir()} == {
             f"map{ending}" for ending in (*ENDINGS, ".json")
         }
-    assert gone_on >= 8, "most kills leave blocks that are not predicted again"
+    assert gone_on >= 5, "most kills leave blocks that are not predicted again"
 
 
 @pytest.mark.parametrize("step", ["write_map", "write_cells", "write_json"])

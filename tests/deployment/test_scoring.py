@@ -30,27 +30,26 @@ from helpers.training.methods import train
 from helpers.training.runs import save_run
 from tests.evaluation.test_calibration import make_validation
 from tests.fake_data import class_folders, make_chip, split_folders, write_chip, write_scene
+from tests.fake_weights import lively_classifier, tiny  # noqa: F401  a fixture
 
 SIZE = 28
 CLASSES = ("no_tree", "tree")
 PROVENANCE = {"run": "fake", "backbone": "example (random)", "config": {}}
 
 
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
 def make_classifier(**facts):
-    torch.manual_seed(0)
     facts = {"chip_size": SIZE, "chip_bands": 3, "chip_dtype": "uint8"} | facts
-    config = ClassifierConfig("example", "random", SIZE, (2, 0, 1), CLASSES, **facts)
-    classifier = create_classifier(config).eval()
-    for block in classifier.backbone.blocks:
-        # Untrained layer scales are so small that no pixel would matter.
-        torch.nn.init.constant_(block.ls1.gamma, 0.3)
-        torch.nn.init.constant_(block.ls2.gamma, 0.3)
+    config = ClassifierConfig("tiny", "random", SIZE, (2, 0, 1), CLASSES, **facts)
+    classifier = lively_classifier(config)
     torch.nn.init.normal_(classifier.linear_head.weight, std=0.2)
     return classifier
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, tiny):  # noqa: F811
     path = tmp_path_factory.mktemp("run") / "model_final.safetensors"
     return save_classifier(make_classifier(), path, PROVENANCE)
 

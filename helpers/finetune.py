@@ -3,14 +3,13 @@
 `python -m helpers.finetune --data_path ./data/ --output_path ./models/` does it from the shell.
 """
 
-from accelerate import PartialState
-
 from helpers import InputError
 from helpers.console import run_command
 from helpers.data.dataset import DataConfig
 from helpers.evaluation.baselines import baselines
 from helpers.training.config import RunConfig
 from helpers.training.jobs import finished
+from helpers.training.processes import processes
 from helpers.training.runs import saved_files, test_table
 
 
@@ -19,7 +18,7 @@ def main() -> None:
     config = RunConfig.from_arguments(main.__doc__)
     data = DataConfig.data(config)
     run, was_read = finished(config, config.share(data))
-    if not PartialState().is_main_process:
+    if not processes(config.torch_device).is_main_process:
         return
     entries = baselines(config, data)["test"] | {config.label: run.record["test"]}
     chips = run.record["chips"]["test"]

@@ -19,6 +19,7 @@ from helpers.training.config import ReportConfig, RunConfig, TrainingConfig
 from helpers.training.jobs import check_ready, finished
 from helpers.training.loop import STEP_PARTS
 from helpers.training.methods import training_loop
+from helpers.training.processes import processes, said_once
 from helpers.training.runs import Run, class_probabilities, read_run
 
 
@@ -89,13 +90,16 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
             seen then; runs finished before stay on disk.
     """
     plan = planned_runs(config)
+    everyone = processes(config.torch_device)
+    report = said_once(report, everyone)
     data = DataConfig.data(config)
     shares = {run.name: run.share(data) if run.train_fraction < 1 else data for run in plan}
     for run_config in plan:
         check_ready(run_config, shares[run_config.name])
     for warning in data_warnings(data):
         report(warning)
-    baselines(config, data, report)
+    with everyone.main_process_first():  # it writes what the others read
+        baselines(config, data, report)
     runs = {}
     for number, run_config in enumerate(plan, start=1):
         start, name = time.perf_counter(), run_config.name

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from helpers.console import progress_bar
 from helpers.data.dataset import ChipDataset
+from helpers.training.processes import several
 
 DIHEDRAL_VIEWS = 8
 
@@ -31,25 +32,35 @@ def batches(dataset: ChipDataset, batch_size: int) -> DataLoader:
 def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tensor:
     """All chips of a split as one tensor (N, bands, S, S), each file decoded once.
 
+    Of several processes on a machine one decodes into the file, and all map it.
+
     Args:
         dataset: N chips.
         memory_limit_bytes: a larger tensor is kept in a file and memory-mapped.
         path: that file; it is overwritten.
     """
+    processes = several()
+    waits = processes is not None and not processes.is_local_main_process
+    if waits:
+        processes.wait_for_everyone()
     first, _ = dataset[0]
     shape = (len(dataset), *first.shape)
     size = len(dataset) * first.numel()
-    if size * first.element_size() > memory_limit_bytes:
+    if processes or size * first.element_size() > memory_limit_bytes:
         path.parent.mkdir(parents=True, exist_ok=True)
         chips = torch.from_file(str(path), shared=True, size=size, dtype=first.dtype).view(shape)
     else:
         chips = torch.empty(shape, dtype=first.dtype)
+    if waits:
+        return chips
     done = 0
     with progress_bar(total=len(dataset), desc="decoding", unit="chip") as bar:
         for batch, _ in batches(dataset, 256):
             chips[done : done + len(batch)] = batch
             done += len(batch)
             bar.update(len(batch))
+    if processes:
+        processes.wait_for_everyone()
     return chips
 
 

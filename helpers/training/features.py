@@ -10,11 +10,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from helpers import InputError
@@ -22,8 +24,9 @@ from helpers.console import progress_bar
 from helpers.data.dataset import ChipData, ChipDataset
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
-from helpers.records import written_whole_folder
+from helpers.records import written_whole, written_whole_folder
 from helpers.training.examples import batches, dihedral
+from helpers.training.processes import several
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def cached_features(
     """`extract_features` of one split, read from cache_path if it holds them already.
 
     An entry is a folder with the values and a JSON that holds their digest; one that is damaged in
-    any way is computed again. Values above `memory_limit_bytes` are memory-mapped. Other options
-    are those of `extract_features`.
+    any way is computed again. Several processes compute a part each, and share the folder. Values
+    above `memory_limit_bytes` are memory-mapped. Other options are those of `extract_features`.
     """
     dataset = data.dataset(split, classifier.config.image_size)
     key = {
@@ -131,7 +134,13 @@ def cached_features(
     entry = Path(cache_path) / f"features_{name}"
     shape = (key["views"], len(dataset), 5 * classifier.backbone.embed_dim)
     mapped = 4 * np.prod(shape) > memory_limit_bytes
-    if (found := _read_entry(entry, shape, dataset.targets, mapped)) is not None:
+    found = _read_entry(entry, shape, dataset.targets, mapped)
+    processes = several()
+    if processes and not all(gather_object([found is not None])):
+        _share_out(classifier, dataset, entry, shape, processes, **options)
+        found = _read_entry(entry, shape, dataset.targets, mapped)
+        return replace(found, from_cache=False)
+    if found is not None:
         return found
     if entry.is_file():
         entry.unlink()
@@ -145,6 +154,41 @@ def cached_features(
     if values is None:
         values = torch.from_numpy(np.load(entry / "values.npy", mmap_mode="c"))
     return Features(values, features.targets, features.seconds, False)
+
+
+def _share_out(
+    classifier: Classifier,
+    dataset: ChipDataset,
+    entry: Path,
+    shape: tuple,
+    processes: PartialState,
+    **options,
+) -> None:
+    """Each process computes a part into a file of its own; the main one joins them."""
+    parts = np.array_split(np.arange(len(dataset)), processes.num_processes)
+    files = [entry.with_name(f"{entry.name}_{rank}.npy") for rank in range(len(parts))]
+    rows, seconds = parts[processes.process_index], 0.0
+    if len(rows):
+        of_rows = ChipDataset(
+            [dataset.paths[row] for row in rows],
+            dataset.targets[rows],
+            dataset.bands,
+            dataset.image_size,
+        )
+        with written_whole(files[processes.process_index]) as part:
+            seconds = extract_features(classifier, of_rows, file=part, **options).seconds
+    seconds = max(gather_object([seconds]))  # which also waits for all
+    if processes.is_main_process:
+        with written_whole_folder(entry) as folder:
+            values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.float32, shape)
+            for rows, file in zip(parts, files, strict=True):
+                if len(rows):
+                    values[:, rows] = np.load(file, mmap_mode="r")
+                    file.unlink()
+            values.flush()
+            record = {"seconds": seconds, "digest": _digest(folder / "values.npy")}
+            (folder / "entry.json").write_text(json.dumps(record))
+    processes.wait_for_everyone()
 
 
 def _read_entry(entry: Path, shape: tuple, targets: Tensor, mapped: bool) -> Features | None:

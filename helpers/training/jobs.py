@@ -5,13 +5,12 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from accelerate import PartialState
-
 from helpers import InputError
 from helpers.data.dataset import ChipData
 from helpers.data.report import data_warnings
 from helpers.training.config import RunConfig
 from helpers.training.methods import train
+from helpers.training.processes import processes, said_once
 from helpers.training.runs import (
     Run,
     checkpoint_path,
@@ -38,6 +37,8 @@ def finished(config: RunConfig, data: ChipData, report=print) -> tuple[Run, bool
         InputError: as `check_ready` and `train`.
     """
     check_ready(config, data)
+    everyone = processes(config.torch_device)
+    report = said_once(report, everyone)
     for warning in data_warnings(data):
         report(warning)
     if config.resume:
@@ -46,8 +47,9 @@ def finished(config: RunConfig, data: ChipData, report=print) -> tuple[Run, bool
             if run is not None and run.classifier is not None:
                 return run, True
     run = train(config, data, report)
-    if PartialState().is_main_process:
+    if everyone.is_main_process:
         save_run(config, run)
+    everyone.wait_for_everyone()
     return run, False
 
 

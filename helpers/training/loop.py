@@ -13,21 +13,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
 from helpers import InputError
 from helpers.console import progress_bar
-from helpers.metrics import weighted_metrics
 from helpers.records import peak_memory_bytes, reset_peak_memory
 from helpers.training.checkpoints import Checkpoint
 from helpers.training.examples import ChipExamples, FeatureExamples
 from helpers.training.progress import Progress
+from helpers.training.validation import by_candidate, candidate_losses, predict, validated
 
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
 
@@ -94,6 +93,8 @@ def fit(
     """
     loop = Loop(model, groups, train, settings, accelerator)
     initial, random = copy.deepcopy(loop.progress), _random_state()
+    if accelerator.num_processes > 1:
+        loop.fit_micro_batch()
 
     # Accelerate calls it again with a smaller size when the device runs out of memory.
     @find_executable_batch_size(starting_batch_size=loop.micro_batch)
@@ -198,7 +199,7 @@ class Loop:
             row["images_per_second"] = n / row["seconds"]
             row["peak_memory_bytes"] = peak_memory_bytes(self.accelerator.device)
             probabilities = predict(self.model, valid, self.micro_batch, self.accelerator)
-            row |= _validate(probabilities, valid.targets, bool(self.settings.class_weights))
+            row |= validated(probabilities, valid.targets, bool(self.settings.class_weights))
             progress.record(self.groups, row, self.settings.patience)
             if all(progress.failures):
                 if checkpoint:
@@ -240,6 +241,35 @@ class Loop:
             "train_loss": (losses.sum(dim=0) / n).tolist(),
             "train_acc": (correct.sum(dim=0) / n).tolist(),
         }
+
+    def fit_micro_batch(self) -> None:
+        """Reduce the share of a batch together until every process holds it, before any step.
+
+        Later each process would wait in a gradient's reduction for one that has to begin again.
+        """
+        together = self.model.train()
+        self.model = together.module  # in which no process waits for another
+        try:
+            while self._too_large():
+                if self.micro_batch == 1:
+                    raise InputError("batch_size: a device's memory does not hold one image")
+                self.micro_batch = math.ceil(self.micro_batch / 2)
+        finally:
+            self.model = together
+
+    def _too_large(self) -> bool:
+        """Whether any process lacks the memory for its share of a batch."""
+        rows = torch.arange(len(self.train.targets))[: self.micro_batch]
+        short = torch.zeros(1, device=self.accelerator.device)
+        try:
+            self._backward(rows, torch.zeros_like(rows), 1.0, lambda part: None)
+        except Exception as error:  # of the kinds that Accelerate takes for too little memory
+            if not should_reduce_batch_size(error):
+                raise
+            short += 1
+        self.optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        return bool(self.accelerator.reduce(short).item())
 
     def random_batch(self) -> tuple[Tensor, Tensor]:
         """Rows and views of a batch for measurements, from torch's global generator."""
@@ -290,8 +320,8 @@ class Loop:
             t.to(device, non_blocking=True) for t in (self.weights[targets], targets)
         )
         mark("data")
-        logits = _by_candidate(self.model(inputs))
-        losses = _losses(logits, targets)
+        logits = by_candidate(self.model(inputs))
+        losses = candidate_losses(logits, targets)
         mark("forward")
         # Processes average their gradients, so each scales its sum by their number.
         scale = self.accelerator.num_processes / total
@@ -332,52 +362,3 @@ def _set_random_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _by_candidate(logits: Tensor) -> Tensor:
-    """Logits (candidates, N, classes) in fp32, also of a model without candidates."""
-    return (logits if logits.ndim == 3 else logits[None]).float()
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy per candidate and image, (candidates, N)."""
-    return functional.cross_entropy(
-        logits.movedim(2, 1), targets.expand(len(logits), -1), reduction="none"
-    )
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, examples, batch_size: int, accelerator: Accelerator) -> Tensor:
-    """Class probabilities on the CPU, (candidates, N, classes) float32, the same on every process.
-
-    Each process computes its part; the parts are then added up into one table.
-    """
-    model.eval()
-    n = len(examples.targets)
-    here = torch.arange(n).tensor_split(accelerator.num_processes)[accelerator.process_index]
-    parts = []
-    for chunk in here.split(batch_size):
-        inputs = examples.take(chunk, torch.zeros_like(chunk)).to(accelerator.device)
-        parts.append(_by_candidate(model(inputs)).softmax(dim=2))
-    rows = torch.cat(parts, dim=1)
-    table = rows.new_zeros(len(rows), n, rows.shape[2])
-    table[:, here] = rows
-    return accelerator.reduce(table).cpu()
-
-
-def _validate(probabilities: Tensor, targets: Tensor, balanced: bool) -> dict:
-    """Validation loss, accuracy and AUROC per candidate; balanced: the mean of classes' losses."""
-    weights = 1 / targets.bincount()[targets] if balanced else torch.ones(len(targets))
-    picked = probabilities[:, torch.arange(len(targets)), targets]
-    losses = -picked.clamp_min(1e-12).log() @ (weights / weights.sum())
-    rows = [
-        weighted_metrics(
-            targets.numpy(), candidate.nan_to_num().numpy(), np.ones((1, len(targets)))
-        )
-        for candidate in probabilities
-    ]
-    return {
-        "valid_loss": losses.tolist(),
-        "valid_acc": [float(row["accuracy"][0]) for row in rows],
-        "valid_auroc": [float(row["auroc"][0]) for row in rows],
-    }

@@ -16,6 +16,7 @@ from helpers.training.config import RunConfig
 from helpers.training.examples import DIHEDRAL_VIEWS
 from helpers.training.features import Features, cached_features
 from helpers.training.loop import FitSettings
+from helpers.training.processes import processes
 
 
 def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
@@ -47,6 +48,7 @@ def split_features(
     config: RunConfig, data: ChipData, classifier: Classifier, split: str
 ) -> Features:
     """Frozen features of a split, from the cache where they are there already."""
+    processes(config.torch_device)
     augmented = config.augment and split == "train"
     return cached_features(
         classifier,
@@ -78,6 +80,7 @@ def fit_settings(config: RunConfig, targets: Tensor) -> FitSettings:
 @contextmanager
 def tracked_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     """Device, precision and processes of a run; its tracker is open until the end."""
+    processes(config.torch_device)
     # Accelerate keeps the first precision of a process; a notebook trains in several.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

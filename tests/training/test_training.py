@@ -265,6 +265,36 @@ def history_of(config):
     return pd.read_csv(f"{config.history_path}/trial.csv")[NUMBERS]
 
 
+TWO_PROCESSES = """
+import sys
+from accelerate import PartialState
+from helpers import finetune
+from helpers.data.dataset import ChipDataset
+from helpers.training.loop import Loop
+
+reading, backward, chips = ChipDataset.__getitem__, Loop._backward, []
+
+def counted(dataset, index):
+    chips.append(index)
+    return reading(dataset, index)
+
+def short_of_memory(loop, rows, *rest):
+    if PartialState().process_index == 1 and len(rows) > 4:
+        print("out of memory")
+        raise RuntimeError("CUDA out of memory.")
+    return backward(loop, rows, *rest)
+
+ChipDataset.__getitem__, Loop._backward = counted, short_of_memory
+finetune.main()
+print("processes:", PartialState().num_processes)
+first = len(chips)
+sys.argv += ["--method", "head_only", "--run_name", "head", "--learning_rates", "0.001"]
+finetune.main()
+which = "main" if PartialState().is_main_process else "other"
+print(f"{which} decoded: {first} chips, {len(chips) - first} more for features")
+"""
+
+
 def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
     """Same global batch, gloo on the CPU; dropout off, since processes draw their own."""
     options = {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "augment": True}
@@ -277,12 +307,7 @@ def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
     # torchrun, since accelerate's launcher starts one process on a CPU whatever it is told.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     counted = tmp_path / "counted.py"
-    counted.write_text(
-        "from accelerate import PartialState\n"
-        "from helpers.finetune import main\n"
-        "main()\n"
-        "print('processes:', PartialState().num_processes)\n"
-    )
+    counted.write_text(TWO_PROCESSES)
     result = subprocess.run(
         [sys.executable, *launch, str(counted), *arguments],
         cwd=ROOT,
@@ -293,5 +318,13 @@ def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("processes: 2") == 2, "there must be two"
-    assert result.stdout.count("Test split") == 1, "only the main process reports"
+    assert result.stdout.count("Test split") == 2, "only the main process reports, of each run"
+    assert result.stdout.count("out of memory") == 2, "of each run, and both go on"
+    decoded = {
+        line.split(": ")[0]: line for line in result.stdout.splitlines() if "decoded" in line
+    }
+    assert decoded == {
+        "main decoded": "main decoded: 163 chips, 32 more for features",  # 96 for the baselines
+        "other decoded": "other decoded: 3 chips, 32 more for features",
+    }
     pd.testing.assert_frame_equal(history_of(both), history_of(alone), rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from helpers.deployment.runtimes import Variant, block_layers
 from helpers.deployment.variants.source import REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.training.loop import ChipExamples, FitSettings, fit
+from helpers.training.processes import processes
 
 _RECOVERY_LEARNING_RATE = 1e-4
 
@@ -34,6 +35,7 @@ def build_structured(source: Source) -> Variant:
 def build_structured_recovered(source: Source) -> Variant:
     """The same, fine-tuned afterwards."""
     model = copy.deepcopy(source.structured)
+    processes(source.device)
     group = {"params": list(model.parameters()), "lr": _RECOVERY_LEARNING_RATE, "weight_decay": 0.0}
     fit(
         model,

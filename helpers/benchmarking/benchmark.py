@@ -140,18 +140,22 @@ class Benchmark:
         return load.offline_rate(self.scenarios, self.loaded)
 
     @cached_property
-    def load_curve(self) -> pd.DataFrame:
-        """See `load.load_curve`."""
-        return load.measure_load_curve(self.bench, self.variants[self.loaded], self.capacity)
+    def _under_load(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return load.measure_load(self.bench, self.variants[self.loaded], self.capacity)
 
-    @cached_property
+    @property
+    def load_curve(self) -> pd.DataFrame:
+        """The first of `load.measure_load`."""
+        return self._under_load[0]
+
+    @property
     def competition(self) -> pd.DataFrame:
-        """See `load.under_competition`."""
-        return load.measure_competition(self.bench, self.variants[self.loaded], self.capacity)
+        """The second of `load.measure_load`."""
+        return self._under_load[1]
 
     @cached_property
     def scaling(self) -> pd.DataFrame:
-        """See `load.scaling`."""
+        """See `load.measure_scaling`."""
         return load.measure_scaling(self.bench, [self.variants[name] for name in self.load_names])
 
     @cached_property

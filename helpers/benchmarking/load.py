@@ -5,24 +5,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import pandas as pd
 
 from helpers import InputError
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.limits import energy_meter
-from helpers.benchmarking.load_generator import LoadSettings, System, all_scenarios, run_scenario
+from helpers.benchmarking.load_generator import System, all_scenarios, run_scenario
 from helpers.benchmarking.quality import worst_rows
 from helpers.deployment.runtimes import Variant, remote
 from helpers.deployment.variants.source import CONTROL, REFERENCE
-
-
-def load_curve(system: System, capacity: float, fractions: Sequence[float]) -> pd.DataFrame:
-    """Server runs at fractions of a capacity (images/s), as `load` in the result."""
-    return pd.DataFrame(
-        {"load": fraction} | run_scenario(system, "Server", fraction * capacity, percentile=90)
-        for fraction in fractions
-    )
 
 
 @contextmanager
@@ -38,62 +29,6 @@ def competing_processes(n: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def under_competition(
-    system: System, rate: float, offline_qps: float, counts: Sequence[int]
-) -> pd.DataFrame:
-    """The Server scenario at one rate, and Offline, with `competing` other busy processes."""
-    rows = []
-    for n in counts:
-        with competing_processes(n):
-            rows.append({"competing": n} | run_scenario(system, "Server", rate, percentile=90))
-            rows.append({"competing": n} | run_scenario(system, "Offline", offline_qps))
-    return pd.DataFrame(rows)
-
-
-def scaling(
-    variant: Variant,
-    counts: Sequence[int],
-    *,
-    chips: np.ndarray,
-    settings: LoadSettings,
-    threads: int,
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """Throughput, latency and memory with several processes behind one queue.
-
-    Returns:
-        One row per count: `processes, threads_each, images_per_s` (Offline), `efficiency`
-        (against so many times the first row's rate per process), `offered_qps` (the same in every
-        row: 70 % of what the first count carries), `p50_ms, p90_ms` (Server), `memory_bytes`
-        (proportional set size of all model processes, which shares common pages out).
-    """
-    rows = []
-    for n in counts:
-        with ExitStack() as stack:
-            models = [stack.enter_context(remote(variant, threads, device)) for _ in range(n)]
-            system = System(models, chips, settings)
-            rate = rows[0]["images_per_s"] * n / rows[0]["processes"] if rows else 100.0
-            offline = run_scenario(system, "Offline", rate)["answered_per_second"]
-            offered = rows[0]["offered_qps"] if rows else 0.7 * offline
-            server = run_scenario(system, "Server", offered, percentile=90)
-            memory = sum(model.memory_bytes() for model in models)
-        rows.append(
-            {
-                "processes": n,
-                "threads_each": threads,
-                "images_per_s": offline,
-                "offered_qps": offered,
-                "p50_ms": server["p50_ms"],
-                "p90_ms": server["p90_ms"],
-                "refused": server["refused"],
-                "memory_bytes": memory,
-            }
-        )
-    table = pd.DataFrame(rows)
-    alone = table.images_per_s[0] / table.processes[0]
-    return table.assign(efficiency=table.images_per_s / (table.processes * alone))
 
 
 def load_names(bench: Bench, quality: pd.DataFrame, latency: pd.DataFrame) -> tuple[str, ...]:
@@ -154,34 +89,66 @@ def offline_rate(scenarios: pd.DataFrame, variant: str) -> float:
     return float(rows.answered_per_second.iloc[0])
 
 
-def measure_load_curve(bench: Bench, variant: Variant, capacity: float) -> pd.DataFrame:
-    """Latency against offered load, from light to more than the capacity (images/s)."""
-    with served(bench, variant) as system:
-        return load_curve(system, capacity, bench.config.load_fractions)
+def measure_load(
+    bench: Bench, variant: Variant, capacity: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Latency against offered load, and beside competing CPU-bound processes.
 
+    Args:
+        bench: what is benchmarked.
+        variant: that is put under load.
+        capacity: images/s.
 
-def measure_competition(bench: Bench, variant: Variant, capacity: float) -> pd.DataFrame:
-    """Half the capacity offered, and Offline, beside competing CPU-bound processes."""
+    Returns:
+        Server runs at `load`, fractions of the capacity; and Server at half the capacity, and
+        Offline, with `competing` other busy processes; both with `run_scenario`'s columns.
+    """
     with served(bench, variant) as system:
-        return under_competition(system, capacity / 2, capacity, bench.config.competing)
+        curve = [
+            {"load": fraction} | run_scenario(system, "Server", fraction * capacity, percentile=90)
+            for fraction in bench.config.load_fractions
+        ]
+        beside = []
+        for n in bench.config.competing:
+            with competing_processes(n):
+                half = run_scenario(system, "Server", capacity / 2, percentile=90)
+                offline = run_scenario(system, "Offline", capacity)
+            beside += [{"competing": n} | row for row in (half, offline)]
+    return pd.DataFrame(curve), pd.DataFrame(beside)
 
 
 def measure_scaling(bench: Bench, variants: Sequence[Variant]) -> pd.DataFrame:
-    """Copies of a model in processes of their own; each has the same share of the cores.
+    """Several processes behind one queue, each with the same share of the cores.
 
     Returns:
-        `variant` and the columns of `scaling`, one row per number of processes.
+        One row per variant and number of processes: `processes, threads_each, images_per_s`
+        (Offline), `offered_qps` (the same for all of a variant: 70 % of what the first number
+        carries), `p50_ms, p90_ms, refused` (Server), `memory_bytes` (proportional set size of all
+        model processes, which shares common pages out), `efficiency` (against so many times the
+        first row's rate per process), `variant`.
     """
     threads = max(1, bench.threads // max(bench.config.processes))
-    tables = [
-        scaling(
-            variant,
-            bench.config.processes,
-            chips=bench.chips,
-            settings=bench.config.load_settings,
-            threads=threads,
-            device=bench.device,
-        ).assign(variant=variant.name)
-        for variant in variants
-    ]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat([_scaling(bench, v, threads) for v in variants], ignore_index=True)
+
+
+def _scaling(bench: Bench, variant: Variant, threads: int) -> pd.DataFrame:
+    rows = []
+    for n in bench.config.processes:
+        with ExitStack() as stack:
+            models = [stack.enter_context(remote(variant, threads, bench.device)) for _ in range(n)]
+            system = System(models, bench.chips, bench.config.load_settings)
+            rate = rows[0]["images_per_s"] * n / rows[0]["processes"] if rows else 100.0
+            offline = run_scenario(system, "Offline", rate)["answered_per_second"]
+            offered = rows[0]["offered_qps"] if rows else 0.7 * offline
+            server = run_scenario(system, "Server", offered, percentile=90)
+            memory = sum(model.memory_bytes() for model in models)
+        rows.append(
+            {"processes": n, "threads_each": threads, "images_per_s": offline}
+            | {"offered_qps": offered, "memory_bytes": memory}
+            | {name: server[name] for name in ("p50_ms", "p90_ms", "refused")}
+        )
+    table = pd.DataFrame(rows)
+    alone = table.images_per_s[0] / table.processes[0]
+    return table.assign(
+        efficiency=table.images_per_s / (table.processes * alone), variant=variant.name
+    )

@@ -22,7 +22,7 @@ from helpers.training.methods import train
 from helpers.training.runs import save_run
 from tests.fake_data import CLASSES, class_folders, manifest_folder
 
-SIZE = 28
+SIZE = 32  # of two by two patches
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     manifest_folder(root / "data", counts={"train": 12, "valid": 4, "test": 10})
     config = RunConfig(
         data_path=str(root / "data"),
+        backbone="timm:test_vit",  # six blocks of width 64
         weights="random",
         image_size=SIZE,
         epochs=20,
@@ -252,9 +253,9 @@ def test_only_variants_within_the_gate_are_recommended():
 
 
 def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
-    """The notebook's test has exported variants, competing processes and several processes."""
-    arguments = ["--variants", "pruned_50", "eager_fp32", "sparse_2_4", "--run_name", "mine",
-                 "--load_variants", "eager_fp32", "--load_fractions", "0.5",
+    """The notebook's test has competing processes and several processes."""
+    arguments = ["--variants", "pruned_50", "eager_fp32", "onnx_fp32", "sparse_2_4",
+                 "--run_name", "mine", "--load_variants", "onnx_fp32", "--load_fractions", "0.5",
                  "--competing", "0", "--processes", "1", "--max_batch", "2"]  # fmt: skip
     for name in ("model_path", "data_path", "output_path", "results_path", "load_seconds"):
         arguments += [f"--{name}", str(getattr(configured(folder), name))]
@@ -273,7 +274,8 @@ def test_the_command_leaves_tables_and_a_record(folder, monkeypatch, capsys):
         "mine.csv", "mine.json", "mine_latency.parquet"
     ]  # fmt: skip
     table = pd.read_csv(folder / "results/mine.csv").set_index("variant")
-    assert list(table.index) == ["pruned_50", "eager_fp32", "eager_fp32_again", "sparse_2_4"]
+    assert list(table.index) == ["pruned_50", "eager_fp32", "eager_fp32_again", "onnx_fp32",
+                                 "sparse_2_4"]  # fmt: skip
     assert "GPU" in table.unavailable["sparse_2_4"]
     assert table.costs_as.dropna().to_dict() == {"pruned_50": "eager_fp32"}
     assert table.p50_ms["pruned_50"] == table.p50_ms["eager_fp32"]
@@ -321,7 +323,7 @@ def test_a_truncated_model_is_refused(folder, tmp_path):
 
 def test_a_model_of_another_architecture_is_refused(folder, tmp_path):
     classifier, provenance = load_classifier(folder / "models/tiny/model_final.safetensors")
-    classifier.backbone.blocks[0].mlp.fc1 = torch.nn.Linear(192, 700)
+    classifier.backbone.blocks[0].mlp.fc1 = torch.nn.Linear(64, 700)
     path = save_classifier(classifier, tmp_path / "model_final.safetensors", provenance)
     with pytest.raises(InputError, match="not of this architecture"):
         open_bench(configured(folder, model_path=str(path)))

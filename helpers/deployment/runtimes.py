@@ -134,26 +134,30 @@ def _load_torch(variant: Variant, threads: int, device: str) -> Predict:
 
 
 def block_layers(backbone) -> dict:
-    """The four linear layers of every block, by their path in the backbone."""
-    paths = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    """The linear layers of the blocks, by their path in the backbone."""
+    from torch import nn
+
     return {
-        f"blocks.{i}.{path}": block.get_submodule(path)
-        for i, block in enumerate(backbone.blocks)
-        for path in paths
+        f"blocks.{path}": layer
+        for path, layer in backbone.blocks.named_modules()
+        if isinstance(layer, nn.Linear)
     }
 
 
 def _narrow(backbone, state: dict) -> None:
-    """Give blocks the head count and MLP width of a structurally pruned state dict."""
+    """Give blocks the heads and MLP units that a structurally pruned state dict has left."""
     from torch import nn
 
-    for path in block_layers(backbone):
-        out_features, in_features = state[f"backbone.{path}.weight"].shape
-        backbone.set_submodule(path, nn.Linear(in_features, out_features, device="meta"))
-    for block in backbone.blocks:
-        attention = block.attn
-        attention.attn_dim = attention.proj.in_features
-        attention.num_heads = attention.attn_dim // attention.head_dim
+    for path, layer in block_layers(backbone).items():
+        out_features, in_features = shape = state[f"backbone.{path}.weight"].shape
+        if shape == layer.weight.shape:
+            continue
+        narrow = nn.Linear(in_features, out_features, layer.bias is not None, device="meta")
+        backbone.set_submodule(path, narrow)
+        if path.endswith("attn.proj"):
+            attention = backbone.get_submodule(path.removesuffix(".proj"))
+            attention.attn_dim = in_features
+            attention.num_heads = in_features // attention.head_dim
 
 
 def _load_aot_inductor(variant: Variant, threads: int, device: str) -> Predict:

@@ -90,8 +90,9 @@ def _dinov3(name: str, size: str, letters: str, satellite: bool = False) -> Arch
         mean=SAT493M_MEAN if satellite else IMAGENET_MEAN,
         std=SAT493M_STD if satellite else IMAGENET_STD,
         published_file=f"dinov3_{name}_pretrain_{tag}-*.pth",
-        # Meta's files have a bias on qkv, all but 7B's; timm's default leaves it out.
-        overrides={"img_size": 256} | ({} if size == "7b" else {"qkv_bias": True}),
+        # Meta's files have a bias on qkv, all but 7B's; timm's default leaves it out. Its attention
+        # for rotary embeddings calls qkv as a layer, bias included, and may have fewer heads.
+        overrides={"img_size": 256, "attn_type": "rope", "qkv_bias": size != "7b"},
         rope_dtype=torch.bfloat16,
     )
 

@@ -1,5 +1,6 @@
 """Variants: built from one classifier, each checked against it."""
 
+import copy
 import shutil
 import sys
 
@@ -14,8 +15,11 @@ from helpers.deployment import runtimes
 from helpers.deployment.variants import build, structure
 from helpers.deployment.variants.source import Source, calibration_rows
 from helpers.models.adapters import AdapterSettings, add_adapter
-from helpers.models.classifier import ClassifierConfig
+from helpers.models.architectures import architecture
+from helpers.models.classifier import ClassifierConfig, create_classifier
 from tests.fake_weights import lively_classifier, tiny  # noqa: F401  a fixture
+from tests.models.common import CLASSES, RGB, random_chips
+from tests.models.parity import tiny_architectures, tiny_classifier
 
 SIZE = 28  # pixels: two by two patches
 NEEDS_GPU = {"int4_weights", "sparse_2_4"}
@@ -139,23 +143,6 @@ def test_what_tells_nothing_of_quality_says_so(built):
     assert names == {"eager_fp32_again", "lora_unmerged", "lora_merged"}
 
 
-def test_a_trained_adapter_is_judged_by_its_own_logits(tmp_path):
-    adapted = add_adapter(make_classifier(), AdapterSettings()).eval()
-    with torch.no_grad():
-        for name, value in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value, std=0.1)
-    source = make_source(tmp_path, adapted=adapted)
-    names = ("lora_unmerged", "lora_merged")
-    variants, predicts, _ = build.build_variants(source, names, 1)
-    chips = source.train[0][:4]
-    with torch.inference_mode():
-        expected = adapted(chips).numpy()
-    for name in names:
-        assert "only_timed" not in variants[name].options
-        assert np.allclose(predicts[name](chips.numpy()), expected, atol=1e-5)
-
-
 def test_files_shrink_as_the_precision_says(built):
     size = {name: variant.bytes_on_disk for name, variant in built[0].items()}
     whole = size["eager_fp32"]
@@ -178,21 +165,80 @@ def test_unstructured_pruning_zeroes_the_smallest_weights(source, built):
         assert before[after == 0].abs().max() <= before[after != 0].abs().min()
 
 
-def test_removing_heads_and_units_that_do_nothing_changes_nothing():
-    """The weakest third is found wherever it is, and the rest is put together rightly."""
-    classifier = make_classifier(1)
+# Reference models of every kind of attention and MLP: plain, gated in one layer or in two, rotary,
+# with a bias on qkv and without.
+KINDS = ("dinov2", "dinov2_reg4", "giant", "dinov3", "dinov3_sat", "plus", "7b", "timm")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_removing_heads_and_units_that_do_nothing_changes_nothing(kind, tmp_path):
+    """The weakest half is found wherever it is, and the rest is put together and served rightly."""
+    classifier = tiny_classifier(None, kind)
     with torch.no_grad():
         for i, block in enumerate(classifier.backbone.blocks):
-            head, width = i % 3, block.attn.head_dim
+            head, width = i % 2, block.attn.head_dim
             block.attn.proj.weight[:, head * width : (head + 1) * width] = 0
-            block.mlp.fc2.weight[:, i % 3 :: 3] = 0
-    pruned = structure.remove_heads_and_units(classifier, 1 / 3)
-    chips = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8)
+            block.mlp.fc2.weight[:, i % 2 :: 2] = 0
+    pruned = structure.remove_heads_and_units(classifier, 1 / 2)
+    chips = random_chips(4, size=classifier.config.image_size)
+    source = make_source(tmp_path, classifier=classifier)
     with torch.inference_mode():
-        assert torch.allclose(pruned(chips), classifier(chips), atol=1e-5)
-    block = pruned.backbone.blocks[0]
-    assert (block.attn.num_heads, block.mlp.fc1.out_features) == (2, 512)
-    assert classifier.backbone.blocks[0].attn.num_heads == 3  # a copy was pruned
+        expected = classifier(chips)
+        torch.testing.assert_close(pruned(chips), expected, atol=1e-5, rtol=1e-4)
+    with tiny_architectures():
+        predict = runtimes.load(source.torch_variant("structured", "", pruned), threads=1)
+        np.testing.assert_allclose(predict(chips.numpy()), expected, atol=1e-5, rtol=1e-4)
+    before, after = classifier.backbone.blocks[0], pruned.backbone.blocks[0]
+    assert after.attn.num_heads == before.attn.num_heads // 2 == 1  # a copy was pruned
+    assert after.mlp.fc2.in_features == before.mlp.fc2.in_features // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("timm:eva_giant_patch14_clip_224", "not from EvaAttention"),
+        ("timm:eva02_base_patch16_clip_224", "not from EvaAttention"),
+        ("timm:vit_small_patch16_rope_mixed_224", "a rotary embedding of its own"),
+    ],
+)
+def test_blocks_whose_heads_cannot_be_removed_are_a_row_with_the_reason(tmp_path, name, reason):
+    with tiny_architectures(depth=4):
+        config = ClassifierConfig(name, "random", 2 * architecture(name).patch, RGB, CLASSES)
+        source = make_source(tmp_path, classifier=create_classifier(config).eval())
+        assert reason in listed(source, "structured")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variants_of_every_kind_of_block(kind, tmp_path):
+    """A trained adapter among them, which is judged by its own logits."""
+    classifier = tiny_classifier(None, kind)
+    layers = runtimes.block_layers(classifier.backbone)
+    settings = AdapterSettings(targets=tuple({path.rsplit(".", 1)[1] for path in layers}))
+    adapted = add_adapter(copy.deepcopy(classifier), settings).eval()
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.1)
+    chips = random_chips(24, size=classifier.config.image_size)
+    source = make_source(tmp_path, classifier=classifier, adapted=adapted)
+    source.train = source.valid = (chips, source.train[1])
+    names = ("eager_fp32", "lora_unmerged", "lora_merged", "bf16", "pruned_50", "structured")
+    with tiny_architectures():
+        variants, predicts, table = build.build_variants(source, names, 1)
+    assert table.unavailable.isna().all(), table.unavailable
+    with torch.inference_mode():
+        expected, with_update = classifier(chips).numpy(), adapted(chips).numpy()
+    found = {name: predict(chips.numpy()) for name, predict in predicts.items()}
+    np.testing.assert_array_equal(found["eager_fp32"], expected)
+    np.testing.assert_allclose(found["bf16"], expected, atol=0.1 * np.abs(expected).max())
+    for name in ("lora_unmerged", "lora_merged"):
+        assert "only_timed" not in variants[name].options
+        np.testing.assert_allclose(found[name], with_update, atol=1e-5, rtol=1e-4)
+    assert np.abs(with_update - expected).max() > 1e-3
+    state = load_file(tmp_path / "pruned_50.safetensors")
+    zeros = torch.cat([(state[f"backbone.{path}.weight"] == 0).flatten() for path in layers])
+    assert zeros.float().mean().item() == pytest.approx(0.5, abs=1e-4)
+    assert variants["structured"].bytes_on_disk < 0.8 * variants["eager_fp32"].bytes_on_disk
 
 
 def test_recovery_trains(source, built, logits):

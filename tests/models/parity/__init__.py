@@ -47,9 +47,9 @@ TINY = MODELS | {
 
 
 @contextmanager
-def tiny_architectures():
+def tiny_architectures(depth=5):
     """Within it, `build_backbone` builds the shapes of the reference: width 64, 5 blocks."""
-    shape = {"embed_dim": 64, "depth": 5, "num_heads": 2, "mlp_ratio": 4}
+    shape = {"embed_dim": 64, "depth": depth, "num_heads": 2, "mlp_ratio": 4}
     create = timm.create_model
 
     def tiny(name, **options):

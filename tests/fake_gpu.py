@@ -98,8 +98,8 @@ def backward(accelerator, loss, **options):
 
 
 @contextmanager
-def fake_gpu():
-    """Yield a `FakeGPU` in a process that seems to have a GPU."""
+def fake_gpu(free=10**9):
+    """Yield a `FakeGPU` in a process that seems to have a GPU with so many free bytes."""
     nothing = dict.fromkeys(("_lazy_init", "reset_peak_memory_stats", "synchronize",
                              "empty_cache", "set_rng_state"), lambda *a, **k: None)  # fmt: skip
     told = {
@@ -112,6 +112,7 @@ def fake_gpu():
         "get_device_name": lambda *a: "no GPU",
         "get_device_capability": lambda *a: (9, 0),
         "max_memory_allocated": lambda *a: 1,
+        "mem_get_info": lambda *a: (free, free),
         "get_rng_state": lambda *a: torch.zeros(16, dtype=torch.uint8),
     }
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -9,7 +9,9 @@ import torch
 from helpers.evaluation import inspection, robustness
 from helpers.training.config import RunConfig
 from helpers.training.features import extract_features
-from helpers.training.methods import train
+from helpers.training.loop import Loop
+from helpers.training.methods import train, training_loop
+from helpers.training.processes import processes
 from tests.fake_data import manifest_folder
 from tests.fake_gpu import fake_gpu
 from tests.models.parity import tiny_architectures, tiny_classifier
@@ -92,10 +94,34 @@ def test_every_method_trains_there_and_ends_on_the_cpu(gpu, config, data, method
     assert len(run.history) and np.isfinite(run.predictions.p_tree).all()
 
 
+@pytest.mark.parametrize("free, place", [(10**9, "cuda"), (1, "cpu")])
+def test_chips_lie_on_the_gpu_where_it_holds_them(config, data, classifiers, free, place):
+    parameters = config.model_dump(exclude={"learning_rate"}) | {"method": "lora", "augment": True}
+    with fake_gpu(free), tiny_architectures():
+        loop: Loop = training_loop(RunConfig.checked(**parameters), data)
+        assert loop.train.values.device.type == place
+        assert loop.step(*loop.random_batch()).device.type == "cuda"
+
+
+def test_a_process_computes_where_each_run_says(gpu):
+    assert [processes(name).device.type for name in ("cpu", "cuda", "cpu")] == [
+        "cpu",
+        "cuda",
+        "cpu",
+    ]
+
+
 @pytest.mark.parametrize("start", ["cpu", "cuda"])
 def test_features_are_computed_there_and_nothing_stays(gpu, classifiers, data, start):
     classifier = copy.deepcopy(classifiers[SIZE]).to(start)
-    found = extract_features(classifier, data.dataset("train", SIZE), device="cuda", views=8)
+    found = extract_features(
+        classifier,
+        data.dataset("train", SIZE),
+        device="cuda",
+        views=2,
+        batch_size=5,
+        precision="bf16",
+    )
     assert gpu.products > 0 and found.values.device.type == "cpu"
     assert devices(classifier) == {start}
 

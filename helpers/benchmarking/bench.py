@@ -22,6 +22,8 @@ from helpers.models.files import load_model
 from helpers.records import check_plain_name
 from helpers.training.config import RunConfig
 
+_MAX_BATCH = {"cpu": 8, "cuda": 64}
+
 
 class BenchmarkConfig(Places):
     """Everything that decides a benchmark."""
@@ -66,7 +68,9 @@ class BenchmarkConfig(Places):
     latency_bound_ms: PositiveFloat = Field(
         100.0, description="what the p99 of the Server scenario must stay under, ms"
     )
-    max_batch: PositiveInt = Field(8, description="most queries in one prediction under load")
+    max_batch: PositiveInt | None = Field(
+        None, description="most queries in one prediction under load; None: 8, on a GPU 64"
+    )
     max_wait_ms: float = Field(
         0.0, ge=0, description="how long a query may wait for others to share its batch, ms"
     )
@@ -177,6 +181,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     name = config.run_name or f"benchmark_{provenance['run']}"
     check_plain_name("model_path", name)
     device = RunConfig(device=config.device).torch_device
+    config = config.model_copy(update={"max_batch": config.max_batch or _MAX_BATCH[device]})
     train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
     rows = data.manifest[data.manifest.split == "train"]
     calibration = calibration_rows(rows, config.calibration_chips, config.seed)

@@ -188,6 +188,12 @@ class RunConfig(TrainingConfig):
             raise InputError(f"precision: this {self.torch_device} has no bf16; use fp32 or auto")
         return "no" if self.precision == "fp32" else self.precision
 
+    @property
+    def features_precision(self) -> str:
+        """What the frozen backbone of head_only computes in: bf16 on a GPU unless fp32 is asked."""
+        has_bf16 = self.torch_device == "cuda" and torch.cuda.is_bf16_supported()
+        return "bf16" if has_bf16 and self.precision in ("auto", "bf16") else "fp32"
+
     def resolved(self) -> "RunConfig":
         """The same run with every `auto` replaced by what it means on this machine.
 
@@ -200,6 +206,8 @@ class RunConfig(TrainingConfig):
                 f"tracker: {self.tracker} is not installed; pip install {self.tracker}, or use none"
             )
         precision = self.mixed_precision.replace("no", "fp32")
+        if self.method == "head_only":
+            precision = self.features_precision
         return self.model_copy(update={"device": self.torch_device, "precision": precision})
 
     def deciding(self) -> dict[str, Any]:

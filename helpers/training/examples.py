@@ -1,6 +1,7 @@
 """What training takes its batches from: chips or features of a split, and their views."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from helpers.console import progress_bar
 from helpers.data.dataset import ChipDataset
-from helpers.training.processes import several
+from helpers.training.processes import moved, several
 
 DIHEDRAL_VIEWS = 8
 
@@ -23,10 +24,15 @@ def dihedral(chips: Tensor, view: int) -> Tensor:
     return rotated.flip(-1) if view >= 4 else rotated
 
 
-def batches(dataset: ChipDataset, batch_size: int) -> DataLoader:
-    """Chips and targets in order, decoded in worker processes when there are many."""
-    workers = min(4, torch.get_num_threads()) if len(dataset) >= _WORKERS_FROM else 0
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+def batches(dataset: ChipDataset, batch_size: int, device: str = "cpu") -> DataLoader:
+    """Chips and targets in order, decoded in worker processes when there are many.
+
+    For a GPU every core decodes, into pinned memory.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    most = os.cpu_count() if on_gpu else min(4, torch.get_num_threads())
+    workers = most if len(dataset) >= _WORKERS_FROM else 0
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=on_gpu)
 
 
 def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tensor:
@@ -81,9 +87,9 @@ class FeatureExamples:
         """How many versions of each image there are to draw from."""
         return len(self.values)
 
-    def take(self, rows: Tensor, views: Tensor) -> Tensor:
+    def take(self, rows: Tensor, views: Tensor, device: str | torch.device = "cpu") -> Tensor:
         """Inputs (n, F) of n rows, each in its own view."""
-        return self.values[views, rows]
+        return moved(self.values[views, rows], device)
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,19 @@ class ChipExamples:
     targets: Tensor
     views: int = 1
 
-    def take(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Chips (n, bands, S, S) of n rows, each flipped and rotated by its own view."""
-        chips = self.values[rows]
+    def take(self, rows: Tensor, views: Tensor, device: str | torch.device = "cpu") -> Tensor:
+        """Chips (n, bands, S, S) of n rows, each flipped and rotated there by its own view."""
+        chips = moved(self.values[rows], device)
         for view in views.unique().tolist():
-            chosen = views == view
+            chosen = (views == view).nonzero().flatten()
             chips[chosen] = dihedral(chips[chosen], view)
         return chips
+
+
+def beside_the_model(
+    examples: FeatureExamples | ChipExamples, device: torch.device
+) -> FeatureExamples | ChipExamples:
+    """The same examples in a GPU's memory, where a quarter of what is free holds them."""
+    if device.type == "cuda" and examples.values.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return replace(examples, values=examples.values.to(device))
+    return examples

@@ -26,7 +26,9 @@ from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole, written_whole_folder
 from helpers.training.examples import batches, dihedral
-from helpers.training.processes import several
+from helpers.training.processes import fast_products, several
+
+_BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def extract_features(
     dataset: ChipDataset,
     *,
     device: str = "cpu",
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    precision: str = "fp32",
     views: int = 1,
     file: Path | None = None,
 ) -> Features:
@@ -75,6 +78,7 @@ def extract_features(
         dataset: N chips of the classifier's image size.
         device: where the forward pass runs; the result is on the CPU.
         batch_size: chips at a time; it does not change the result beyond rounding.
+        precision: fp32, which a GPU multiplies in TF32, or, on a GPU alone, bf16.
         views: 1, or 8 for all flips and rotations (`dihedral`).
         file: a .npy file to keep the result in, memory-mapped; None for memory.
 
@@ -87,21 +91,33 @@ def extract_features(
         values = torch.from_numpy(np.lib.format.open_memmap(file, "w+", np.float32, shape))
     else:
         values = torch.empty(shape)
-    bar = progress_bar(total=len(dataset), desc="features", unit="chip")
-    with bar, evaluated_on(classifier, device):
-        done = 0
-        for chips, _ in batches(dataset, batch_size):
+    bar, done = progress_bar(total=len(dataset), desc="features", unit="chip"), 0
+
+    def keep(features: list[Tensor]) -> None:
+        nonlocal done
+        here = slice(done, done + len(features[0]))
+        values[:, here] = torch.stack(features).float().cpu()
+        if not values[:, here].isfinite().all():
+            raise InputError(
+                f"weights: features of chips {here.start} to {here.stop - 1} are not finite; "
+                "check the weights of the backbone and the values of these chips"
+            )
+        done = here.stop
+        bar.update(len(features[0]))
+
+    on_gpu = torch.device(device).type == "cuda"
+    size = batch_size or _BATCH_SIZES["cuda" if on_gpu else "cpu"]
+    half = torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and precision == "bf16")
+    with bar, evaluated_on(classifier, device), half, fast_products(device):
+        before = None
+        for chips, _ in batches(dataset, size, device):
             chips = chips.to(device, non_blocking=True)
-            for view in range(views):
-                features = classifier.features(dihedral(chips, view))
-                values[view, done : done + len(chips)] = features.float().cpu()
-            if not values[:, done : done + len(chips)].isfinite().all():
-                raise InputError(
-                    f"weights: features of chips {done} to {done + len(chips) - 1} are not finite; "
-                    "check the weights of the backbone and the values of these chips"
-                )
-            done += len(chips)
-            bar.update(len(chips))
+            features = [classifier.features(dihedral(chips, view)) for view in range(views)]
+            if before:  # copied while a GPU computes these
+                keep(before)
+            before = features
+        if before:
+            keep(before)
     return Features(values, dataset.targets.clone(), time.perf_counter() - start, False)
 
 
@@ -130,6 +146,8 @@ def cached_features(
         "std": classifier.config.std,
         "views": options.get("views", 1),
     }
+    if options.get("device") == "cuda":  # rounded otherwise
+        key["precision"] = options.get("precision", "fp32").replace("fp32", "tf32")
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     entry = Path(cache_path) / f"features_{name}"
     shape = (key["views"], len(dataset), 5 * classifier.backbone.embed_dim)

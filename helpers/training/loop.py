@@ -24,7 +24,8 @@ from helpers import InputError
 from helpers.console import progress_bar
 from helpers.records import peak_memory_bytes, reset_peak_memory
 from helpers.training.checkpoints import Checkpoint
-from helpers.training.examples import ChipExamples, FeatureExamples
+from helpers.training.examples import ChipExamples, FeatureExamples, beside_the_model
+from helpers.training.processes import moved
 from helpers.training.progress import Progress
 from helpers.training.validation import by_candidate, candidate_losses, predict, validated
 
@@ -92,6 +93,7 @@ def fit(
             race, and `Progress.failures` says why.
     """
     loop = Loop(model, groups, train, settings, accelerator)
+    valid = beside_the_model(valid, accelerator.device)
     initial, random = copy.deepcopy(loop.progress), _random_state()
     if accelerator.num_processes > 1:
         loop.fit_micro_batch()
@@ -122,7 +124,8 @@ class Loop:
         accelerator: Accelerator,
     ):
         """Prepare the model for the accelerator's device; arguments as of `fit`."""
-        self.groups, self.train, self.settings = groups, train, settings
+        self.groups, self.settings = groups, settings
+        self.train = beside_the_model(train, accelerator.device)
         self.accelerator = accelerator
         self.rates = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(groups, fused=True)
@@ -314,11 +317,9 @@ class Loop:
     def _backward(self, rows: Tensor, views: Tensor, total: float, mark) -> Tensor:
         """Add the gradients of some images of a batch whose weights sum to total."""
         device = self.accelerator.device
-        inputs = self.train.take(rows, views).to(device, non_blocking=True)
+        inputs = self.train.take(rows, views, device)
         targets = self.train.targets[rows]
-        weights, targets = (
-            t.to(device, non_blocking=True) for t in (self.weights[targets], targets)
-        )
+        weights, targets = (moved(tensor, device) for tensor in (self.weights[targets], targets))
         mark("data")
         logits = by_candidate(self.model(inputs))
         losses = candidate_losses(logits, targets)
@@ -354,7 +355,7 @@ def _copy_into(groups: list[dict], values: list[list[Tensor]]) -> None:
 
 def _random_state() -> dict:
     """State of the generators that dropout draws from."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 

@@ -16,7 +16,7 @@ from helpers.training.config import RunConfig
 from helpers.training.examples import DIHEDRAL_VIEWS
 from helpers.training.features import Features, cached_features
 from helpers.training.loop import FitSettings
-from helpers.training.processes import processes
+from helpers.training.processes import fast_products, processes
 
 
 def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
@@ -57,6 +57,7 @@ def split_features(
         cache_path=config.cache_path,
         memory_limit_bytes=config.memory_limit_gb * 1e9,
         device=config.torch_device,
+        precision=config.features_precision,
         views=DIHEDRAL_VIEWS if augmented else 1,
     )
 
@@ -96,7 +97,8 @@ def tracked_accelerator(config: RunConfig) -> Iterator[Accelerator]:
         }
         accelerator.init_trackers(config.name, parameters)
     try:
-        yield accelerator
+        with fast_products(accelerator.device):
+            yield accelerator
     finally:
         for tracker in accelerator.trackers:  # `end_training` would end the processes' group too
             tracker.finish()

@@ -32,7 +32,7 @@ def predict(model: nn.Module, examples, batch_size: int, accelerator: Accelerato
     here = torch.arange(n).tensor_split(accelerator.num_processes)[accelerator.process_index]
     parts = []
     for chunk in here.split(batch_size):
-        inputs = examples.take(chunk, torch.zeros_like(chunk)).to(accelerator.device)
+        inputs = examples.take(chunk, torch.zeros_like(chunk), accelerator.device)
         parts.append(by_candidate(model(inputs)).softmax(dim=2))
     rows = torch.cat(parts, dim=1)
     table = rows.new_zeros(len(rows), n, rows.shape[2])

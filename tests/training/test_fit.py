@@ -102,9 +102,9 @@ def test_views_are_drawn_per_image_and_epoch():
     seen = []
 
     class Recorded(FeatureExamples):
-        def take(self, rows, views):
+        def take(self, rows, views, device):
             seen.append(views.clone())
-            return super().take(rows, views)
+            return super().take(rows, views, device)
 
     fit_one(train=Recorded(values, targets), epochs=2, patience=2, batch_size=64)
     training = [v for v in seen if len(v) == 64]
@@ -125,9 +125,9 @@ def test_a_loss_that_breaks_later_is_an_error_all_the_same():
     class BreaksLater(FeatureExamples):
         calls = 0
 
-        def take(self, rows, views):
+        def take(self, rows, views, device):
             BreaksLater.calls += 1
-            return super().take(rows, views) * (math.nan if BreaksLater.calls > 5 else 1)
+            return super().take(rows, views, device) * (math.nan if BreaksLater.calls > 5 else 1)
 
     with pytest.raises(InputError, match="training loss is not finite at epoch 2, batch 3; lower"):
         fit_one(train=BreaksLater(values, targets))

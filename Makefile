@@ -32,8 +32,9 @@ $(STAMP): requirements.txt
 run: $(STAMP) ## run the notebooks on the embedded example, write reports/index.html
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports
 
-test: $(STAMP) ## unit tests, papermill runs and nbval, offline and on the CPU
-	@$(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(STAMP) ## unit tests, papermill runs and nbval, offline and on the CPU; then those of a GPU
+	@$(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	@$(OFFLINE) $(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 lab: $(STAMP) ## open JupyterLab
 	@$(BIN)/jupyter lab

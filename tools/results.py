@@ -251,16 +251,20 @@ def serving_table(data_set: Published) -> str:
     for name in SHOWN:
         row = summary.loc[name]
         mark = "**" if name == recommended else ""
+        if isinstance(row.get("unavailable"), str):
+            lines.append((f"`{name}`", row.unavailable, *["-"] * 6))
+            continue
+        judged = pd.notna(row.accuracy)  # a new adapter without an update is only timed
         lines.append(
             (
                 f"{mark}`{name}`{mark}",
-                f"{row.accuracy:.3f} ({row.accuracy_loss_points:+.1f})",
+                f"{row.accuracy:.3f} ({row.accuracy_loss_points:+.1f})" if judged else "only timed",
                 f"{row.p50_ms:.1f} ({eager.p50_ms / row.p50_ms:.2f}x)",
                 f"{row.images_per_s:.0f} ({row.images_per_s / eager.images_per_s:.2f}x)",
                 f"{row.mebibytes_on_disk:.1f}",
                 f"{row.peak_mib:.0f}",
                 f"{row.cold_start_s:.1f}",
-                "yes" if row.passes_gate else "no",
+                ("yes" if row.passes_gate else "no") if judged else "-",
             )
         )
     header = (

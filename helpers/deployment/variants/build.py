@@ -91,11 +91,13 @@ BUILDERS: dict[str, Callable[[Source], Variant]] = {
 }
 
 
-TOO_SLOW = 8
+TOO_SLOW = 4
 """Times as long as the reference for the same chips: a form that is no candidate on this machine,
-such as int8 in PyTorch on a CPU without its instructions, where measuring it alone would take
-minutes. Only where two chips take `NOTICEABLE` seconds at best; below, a busy moment decides."""
+such as 16-bit floats or int8 in PyTorch on a CPU without their instructions, where measuring it
+alone would take minutes. Only where `_TRIAL` chips take `NOTICEABLE` seconds at best; below, a
+busy moment decides."""
 NOTICEABLE = 0.2
+_TRIAL = 8  # chips: what emulated arithmetic costs shows in batches first
 
 
 def build_variants(
@@ -120,7 +122,7 @@ def build_variants(
         InputError: the reference is among those that do not run.
     """
     source.folder.mkdir(parents=True, exist_ok=True)
-    chips = source.train[0][:2].numpy()
+    chips = source.train[0][:_TRIAL].numpy()
     variants, predicts, rows, seconds = {}, {}, [], {}
     for name in progress_bar(names, desc="building variants"):
         try:
@@ -130,7 +132,7 @@ def build_variants(
                 predict = load(variant, threads, source.device)
                 if not np.isfinite(predict(chips)).all():
                     raise Unavailable("its logits are not finite")
-                seconds[name] = min(_seconds(predict, chips) for _ in range(3))
+                seconds[name] = min(_seconds(predict, chips) for _ in range(2))
                 times = seconds[name] / seconds.get(REFERENCE, seconds[name])
                 if seconds[name] > NOTICEABLE and times > TOO_SLOW:
                     raise Unavailable(f"takes {times:.0f} times as long as {REFERENCE} here")

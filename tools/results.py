@@ -2,7 +2,7 @@
 
 What comes in: the histories, predictions and records of the comparisons, the tables of the
 benchmarks, and the shortcut checks. What goes out: the comparisons' figures, and the parts between
-`<!-- make results: NAME -->` and `<!-- end -->` of README.md and of the page of each data set.
+`<!-- make results: NAME -->` and `<!-- end -->` of README.md, `docs/` and the data set's page.
 Every answer stands once more where its link leads, from the same record.
 """
 
@@ -322,10 +322,10 @@ def questions_table(sets: dict[str, Published]) -> str:
     harvey, example = sets["hurricane_harvey"], sets["example"]
     lines = []
     for question, answer in harvey.answers.items():
-        page = f"([shown here]({harvey.folder}/README.md#Answers))"
-        section = "finetune_lora.ipynb#The-answers"
+        page = f"([shown here](../{harvey.folder}/README.md#Answers))"
+        section = "../finetune_lora.ipynb#The-answers"
         if question == DEPLOYED:
-            section = "benchmark.ipynb#The-decision"
+            section = "../benchmark.ipynb#The-decision"
         other = f"{example.answers[question]} ([shown here]({section}))"
         lines.append((f"**{question}**", f"{answer} {page}", other))
     return markdown(("question", "Hurricane Harvey, satellite", "embedded example, aerial"), lines)
@@ -335,16 +335,15 @@ def pages(sets: dict[str, Published]) -> dict[str, dict[str, str]]:
     """Page -> name of a part -> what stands between its marks."""
     harvey, example = sets["hurricane_harvey"], sets["example"]
     return {
-        "README.md": {
-            "methods": methods_table(harvey),
-            "caveats": caveats(harvey),
+        "README.md": {"methods": methods_table(harvey), "caveats": caveats(harvey)},
+        "docs/results.md": {
             "questions": questions_table(sets),
             "shapes": shapes_table(harvey),
             "training_speed": training_speed_table(),
-            "method_defaults": method_defaults_table(),
             "serving": serving_table(harvey),
             "serving_example": serving_table(example),
         },
+        "docs/parameters.md": {"method_defaults": method_defaults_table()},
         str(harvey.folder / "README.md"): {
             "caveats": caveats(harvey),
             "answers": answers.listed(harvey.answers),

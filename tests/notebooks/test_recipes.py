@@ -1,7 +1,7 @@
-"""The README's commands for real weights and data, as far as a machine without them reaches.
+"""The published commands for real weights and data, as far as a machine without them reaches.
 
-Every command is read from the README. Its parameters must be the notebook's, and it is run with
-random weights in the published layouts, fake chips in the data's layout, at a small size.
+Every command is read from `docs/weights.md`. Its parameters must be the notebook's, and it is run
+with random weights in the published layouts, fake chips in the data's layout, at a small size.
 """
 
 import re
@@ -32,8 +32,8 @@ SMALL = {"epochs": 1, "device": "cpu"}
 
 
 def recipes():
-    """The commands of the README's section on real weights, by the comment above each."""
-    section = (ROOT / "README.md").read_text().split("### Real weights")[1]
+    """The commands of the section on real weights, by the comment above each."""
+    section = (ROOT / "docs/weights.md").read_text().split("## Real weights")[1]
     block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
     lines = [line for line in block.splitlines() if line.strip()]
     return dict(zip((line.lstrip("# ") for line in lines[::2]), lines[1::2], strict=True))
@@ -138,7 +138,7 @@ def test_the_table_of_backbones_is_right(name):
     chosen = ARCHITECTURES[name]
     with torch.device("meta"):
         millions = count_parameters(build_backbone(name))["total"] / 1e6
-    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    rows = [line.split(" | ") for line in (ROOT / "docs/weights.md").read_text().splitlines()]
     row = next(row for row in rows if row[0] == f"| `{name}`")
     assert row[1:3] == [f"{millions:,.1f}", str(chosen.patch)]
     statistics = [f"{value / 255:.3f}" for value in (*chosen.mean, *chosen.std)]

@@ -8,7 +8,6 @@ import pytest
 
 from helpers.records import ROOT
 from tools import results
-from tools.run_notebooks import NOTEBOOKS
 
 LINKED = re.compile(r"(?:\| |\*\* \| )?([^|]*?) \(\[shown here\]\(([^#)]+)#([^)]+)\)\)")
 
@@ -51,11 +50,38 @@ def section_text(path, anchor):
 
 
 def test_every_answer_stands_where_its_link_leads():
-    readme = (ROOT / "README.md").read_text()
-    found = LINKED.findall(readme)
-    assert len(found) == readme.count("[shown here]") > 10
+    page = ROOT / "docs/results.md"
+    found = LINKED.findall(page.read_text())
+    assert len(found) == page.read_text().count("[shown here]") > 10
     for answer, target, anchor in found:
-        assert answer.strip() in section_text(ROOT / target, anchor), (target, anchor, answer)
+        text = section_text(page.parent / target, anchor)
+        assert answer.strip() in text, (target, anchor, answer)
+
+
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "example/CARD.md",
+    "example/BACKBONE_CARD.md",
+    "reports/hurricane_harvey/README.md",
+    *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(name):
+    """To what is committed, and to a heading of it."""
+    page = ROOT / name
+    here = {path.resolve() for path in map(ROOT.joinpath, committed("*"))}
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        path = (page.parent / target).resolve() if target else page.resolve()
+        assert path in here or any(path in file.parents for file in here), target
+        if anchor:
+            section_text(path, anchor)
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len((ROOT / "README.md").read_text().split()) < 1300
 
 
 def test_the_headline_follows_its_records(sets):
@@ -79,7 +105,7 @@ def test_the_share_of_the_backbones_images_is_that_of_its_card():
     assert f"{results.BACKBONE_IMAGES:,} chips, none from a validation or test block" in card
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", ("setup_finetune", "finetune_lora", "benchmark"))
 def test_the_published_notebook_is_executed_clean_and_small(name):
     path = ROOT / "reports" / "hurricane_harvey" / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
@@ -108,10 +134,12 @@ def test_no_chip_of_the_published_data_is_in_the_repository():
 def test_only_figures_that_a_page_links_to_are_committed():
     """And every one of them, and what `make results` reads: pictures stand in the notebooks."""
     needed = set()
-    for folder in ("", "reports/hurricane_harvey/"):
-        page = (ROOT / folder / "README.md").read_text()
-        needed |= {folder + link for link in re.findall(r"\]\(([^)]*figures/[^)]*\w)\)", page)}
-        needed.add(f"{folder}figures/lora_shortcuts.csv")
+    for name in PAGES:
+        for link in re.findall(r"\]\(([^)]*figures/[^)]*\w)\)", (ROOT / name).read_text()):
+            needed.add((ROOT / name).parent.joinpath(link).resolve().relative_to(ROOT).as_posix())
+    needed |= {
+        f"{folder}figures/lora_shortcuts.csv" for folder in ("", "reports/hurricane_harvey/")
+    }
     assert set(committed(":(glob)**/figures/*")) == needed
 
 

@@ -119,22 +119,9 @@ def test_eurosat_out_of_reach(tmp_path, monkeypatch):
     assert list(Path("data/eurosat").iterdir()) == []
 
 
-def no_folder(root):
-    return root / "nowhere"
-
-
 def not_a_csv(root):
     (root / "notes.txt").write_text("x")
     return root / "notes.txt"
-
-
-def no_images(root):
-    (root / "tree").mkdir()
-    (root / "tree" / "notes.txt").write_text("x")
-
-
-def one_class(root):
-    class_folders(root, classes=("tree",))
 
 
 def loose_images(root):
@@ -162,10 +149,6 @@ def no_train(root):
     split_folders(root, counts={"valid": 5, "test": 5})
 
 
-def class_too_small(root):
-    class_folders(root, per_class=4)
-
-
 def groups_too_few(root):
     rows = manifest_rows(root, counts={"train": 8}).drop(columns="split")
     rows.to_csv(root / "manifest.csv", index=False)
@@ -184,16 +167,12 @@ def different_types(root):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (no_folder, "data_path: .*nowhere does not exist. Give a folder or a CSV manifest"),
         (not_a_csv, "data_path: .*notes.txt is no CSV file"),
-        (no_images, "no images found. Known: .jpg"),
-        (one_class, "at least two different classes are needed, not just tree. Give a data_path"),
         (loose_images, r"a.png: lies in no class folder .*Move it into one"),
         (linked_folder, "data/tree: a linked folder. Put the images inside"),
         (splits_beside_classes, r"split folders \(test, train, valid\) beside others \(lake\)"),
         (class_absent_from_a_split, "class tree has no image in the test split. Add some"),
         (no_train, "split: no image is in train"),
-        (class_too_small, "class no_tree has 4 independent .* at least 5 .* make the test split"),
         (groups_too_few, "class no_tree has 4 independent .* at least 5"),
         (different_band_counts, r"different band counts: 3 \(no_tree/000.png\), 4 \(tree/odd.png"),
         (different_types, r"different data types: not uint8 \(tree/odd.npy\), uint8 \(no_tree"),
@@ -233,22 +212,11 @@ def link_out_of_the_folder(rows, root):
     [
         (without("label"), "manifest.csv: column label is missing, found: img_path, split, group"),
         (without("img_path"), "manifest.csv: column img_path is missing"),
-        (
-            cell(3, "label", ""),
-            "manifest.csv: test/tree/001.png: label is empty .1 of 20 rows.. Fill it in",
-        ),
         (cell(3, "img_path", " "), "manifest.csv: row 4 below the header: img_path is empty"),
-        (
-            cell(0, "split", "dev"),
-            "split is unknown or empty .1 of 20 rows.. Use one of train, valid",
-        ),
         (cell(0, "split", ""), "split is unknown or empty"),
         (cell(0, "img_path", "x.png"), "1 of 20 images cannot be read: x.png: cannot be opened"),
         (cell(0, "img_path", "a.gif"), "a.gif: file type '.gif' is not one of .jpg"),
-        (cell(0, "img_path", "../x.png"), ": ../x.png: leaves the data folder"),
         (cell(0, "img_path", "/etc/x.png"), ": /etc/x.png: leaves the data folder"),
-        (cell(0, "img_path", "a\0b.png"), r"'a.x00b.png': img_path holds an unprintable character"),
-        (cell(0, "img_path", "a" * 5000 + ".png"), r"cannot be opened \(File name too long\)"),
         (link_out_of_the_folder, ": link.png: leaves the data folder .* Use paths relative"),
         (repeated_row, "test/no_tree/000.png: is listed twice .* Keep one row a chip"),
         (lambda rows, root: rows[:0], "no images found"),
@@ -340,18 +308,6 @@ def test_the_only_csv_with_the_right_columns_is_the_manifest(tmp_path):
         load_data(tmp_path)
     rows.to_csv(tmp_path / "manifest.csv", index=False)
     assert load_data(tmp_path).layout == "CSV manifest manifest.csv"
-
-
-def test_a_pipe_as_manifest_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "manifest.csv")
-    with pytest.raises(InputError, match=r"manifest.csv: is not a file"):
-        load_data(tmp_path)
-
-
-def test_a_class_folder_with_a_line_break_in_its_name(tmp_path):
-    root = class_folders(tmp_path, classes=("lake", "tr\nee"), per_class=5)
-    with pytest.raises(InputError, match=r"'tr\\nee/000.png': img_path holds an unprintable"):
-        load_data(root)
 
 
 def test_a_long_manifest_is_refused_within_seconds(tmp_path):

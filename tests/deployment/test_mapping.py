@@ -187,19 +187,6 @@ def test_windows_are_resized_and_can_follow_the_ground(tmp_path, scene):
     assert {shape[1:] for shape in shapes} == {(3, SIZE, SIZE)}
 
 
-@pytest.mark.parametrize(
-    "facts, words",
-    [
-        ({"chip_bands": 4}, "has 3 bands, the classifier was trained on files of 4"),
-        ({"chip_dtype": "uint16"}, "uint8, the classifier was trained on uint16"),
-    ],
-)
-def test_scenes_of_another_kind(tmp_path, scene, facts, words):
-    with pytest.raises(InputError, match=words):
-        make_map(scene, tmp_path / "map", make_scorer(tmp_path, **facts))
-    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
-
-
 def test_an_alpha_band_counts_only_where_it_did_in_training(tmp_path):
     values = np.concatenate([make_values(), np.full((1, 100, 150), 255, np.uint8)])
     path = write_scene(tmp_path / "scene.tif", values, photometric="RGB", alpha="yes")
@@ -237,11 +224,6 @@ def test_a_map_of_other_parameters_is_kept(tmp_path, scene, changes):
     with pytest.raises(InputError, match="is there"):
         make_map(scene, tmp_path / "map", **changes)
     assert contents(tmp_path / "map") == before
-
-
-def test_the_scene_is_never_replaced(tmp_path, scene):
-    with pytest.raises(InputError, match="would replace the scene"):
-        make_map(scene, tmp_path / "scene", overwrite=True)
 
 
 def test_a_scene_without_data_loses_nothing(tmp_path, scene):

@@ -139,20 +139,6 @@ def test_results_are_kept_unless_overwritten(model, chips, tmp_path):
     assert len(answer(model, chips, tmp_path / "p", overwrite=True)[0]) == 10
 
 
-@pytest.mark.parametrize(
-    "chip, words",
-    [
-        (make_chip(bands=4), "has 4 bands, the classifier was trained on files of 3"),
-        (make_chip(bands=1), "has 1 bands"),
-        (make_chip(dtype="uint16"), "uint16, the classifier was trained on uint8"),
-    ],
-)
-def test_other_bands_or_types_are_one_error(model, tmp_path, chip, words):
-    write_chip(tmp_path / "chip.npy", chip)
-    with pytest.raises(InputError, match=words):
-        answer(model, tmp_path / "chip.npy", tmp_path / "p")
-
-
 def test_an_older_file_checks_what_it_can(chips, tmp_path):
     older = make_classifier(chip_size=None, chip_bands=None, chip_dtype=None)
     path = save_classifier(older, tmp_path / "model_final.safetensors", PROVENANCE)

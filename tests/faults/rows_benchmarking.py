@@ -24,7 +24,8 @@ ROWS = [
         f"{BENCH} --batch_sizes 1 8",
         ("latency_samples: 3 numbers for 2 batch_sizes",),
     ),
-    Fault("no time for load", None, f"{BENCH} --load_seconds 0", ("load_seconds: ", "'0'")),
+    Fault("no time", None, f"{BENCH} --load_seconds 0", ("load_seconds: ", "'0'")),
+    Fault("no bound", None, f"{BENCH} --latency_bound_ms 0", ("latency_bound_ms: ", "'0'")),
     Fault("a rate below zero", None, f"{BENCH} --start_qps -1", ("start_qps: ",)),
     Fault(
         "results elsewhere", None, f"{BENCH} --run_name ../../x", ("run_name: ", "plain file name")

@@ -22,11 +22,7 @@ METRICS = (
     "brier",
     "calibration_error",
 )
-
-
 _BINS = 15  # of the calibration error, as in Guo et al. (2017)
-
-
 _BLOCK = 250_000  # weights held at once, 2 MB: within reach of a core's cache
 
 

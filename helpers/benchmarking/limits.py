@@ -15,8 +15,6 @@ from helpers.models.classifier import Classifier
 
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_tile",
           "amx_int8", "amx_bf16")  # fmt: skip
-
-
 _RAPL = Path("/sys/class/powercap")
 
 # Sides of the square matrices: at the last, starting the product takes no visible share of it.

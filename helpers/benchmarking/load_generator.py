@@ -27,17 +27,9 @@ from helpers.console import progress_bar
 from helpers.deployment.runtimes import Predict
 
 SCENARIOS = ("SingleStream", "MultiStream", "Server", "Offline")
-
-
 STREAMS = 8  # samples of a MultiStream query
-
-
 _MLPERF_SECONDS = 600
-
-
 _MLPERF_OFFLINE_SAMPLES = 24_576
-
-
 _SAMPLE = re.compile(
     r'"name":"Sample".*?"ts":([-\d.]+).*?"sample_seq":(\d+),"query_seq":(\d+).*?"complete_ns":(\d+)'
 )

@@ -168,8 +168,6 @@ def _baselines_file(config: TrainingConfig) -> Path:
 
 
 _TEMPERATURE = 0.07  # of DINO's kNN evaluation (arXiv:2104.14294, eval_knn.py)
-
-
 _SHOWN = ("auroc", "accuracy")
 
 

@@ -23,8 +23,6 @@ from helpers.training.features import evaluated_on
 from helpers.training.runs import metric_entries
 
 _SHOWN = ("accuracy", "auroc")
-
-
 ACQUISITION_ALONE = "acquisition statistics alone"
 
 

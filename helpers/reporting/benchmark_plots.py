@@ -9,20 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from helpers.deployment.variants.source import REFERENCE
-from helpers.reporting.plots import PAGE, PALETTE
+from helpers.reporting.plots import PAGE, PALETTE, titled
 
 _FAMILIES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pruned": "PyTorch, pruned",
              "structured": "PyTorch, pruned", "sparse": "PyTorch, pruned"}  # fmt: skip
-
-
 _COLOURS = dict(
     zip(("PyTorch", "PyTorch, pruned", "ONNX Runtime", "OpenVINO"), PALETTE, strict=False)
 )
-
-
 _MARKERS = {"PyTorch": "o", "PyTorch, pruned": "v", "ONNX Runtime": "s", "OpenVINO": "D"}
-
-
 _FAR = 8
 
 
@@ -38,12 +32,6 @@ def captioned(table: pd.DataFrame, caption: str, precision: int = 3):
     styled = table.style.format(precision=precision, na_rep="", escape="html").hide(axis="index")
     styled = styled.format_index(escape="html", axis="columns")
     return styled.set_caption(html.escape(caption)).set_uuid("table")
-
-
-def _titled(figure: Figure, title: str) -> Figure:
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    return figure
 
 
 def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
@@ -131,7 +119,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     if below:
         corner = {"transform": axes[1].transAxes, "fontsize": 8, "ha": "right"}
         axes[1].text(0.98, 0.02, f"below this panel: {below}", **corner)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -175,7 +163,7 @@ def latency_distributions(samples: pd.DataFrame, title: str) -> Figure:
     axis.set_yticks(range(1, len(order) + 1), order)
     axis.set(xscale="log", xlabel="latency of one prediction (ms); box: quartiles, dots: outliers")
     _plain_log(axis.xaxis)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str) -> Figure:
@@ -198,7 +186,7 @@ def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str
         axis.axvline(capacity, color="0.4", linestyle="--", label="capacity (Offline)")
         axis.set(xlabel="offered load (queries per second, Poisson)", xlim=(0, None))
         axis.legend(fontsize=8)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
@@ -236,7 +224,7 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
     )
     _plain_log(axis.yaxis)
     _family_legend(axis, table.variant, "lower right")
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Figure:
@@ -258,4 +246,4 @@ def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Fig
         xticks=scaling.processes.unique(),
     )  # fmt: skip
     axes[2].legend(fontsize=7)
-    return _titled(figure, title)
+    return titled(figure, title)

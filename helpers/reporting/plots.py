@@ -63,7 +63,8 @@ def save(figure: Figure, path: str | Path, table: pd.DataFrame | None = None) ->
     return Image(filename=str(path))
 
 
-def _titled(figure: Figure, title: str) -> Figure:
+def titled(figure: Figure, title: str) -> Figure:
+    """The figure with its title, laid out: how most of them end."""
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
@@ -127,7 +128,7 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
         axis.set(xlabel="epoch", ylabel=label)
         axis.legend(fontsize=8)
     axes[0].set_ylim(bottom=0)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
@@ -151,7 +152,7 @@ def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
         )
         axis.tick_params(axis="y", rotation=0)
         axis.label_outer()
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def intervals(table: pd.DataFrame, title: str) -> Figure:
@@ -169,7 +170,7 @@ def intervals(table: pd.DataFrame, title: str) -> Figure:
             axis.plot(row.value, height, "o", color=colour)
         axis.set(title=METRIC_NAMES[metric], yticks=range(len(names)), yticklabels=names)
         axis.margins(y=0.15)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Figure:
@@ -202,7 +203,7 @@ def accuracy_by_group(table: pd.DataFrame, title: str, largest: int = 20) -> Fig
     )
     axis.tick_params(axis="y", labelsize=8)
     axis.legend(fontsize=8)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
@@ -217,7 +218,7 @@ def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
         )  # fmt: skip
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="test AUROC, 95 % interval")
     axis.legend(title="head", fontsize=8, loc="upper left")
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
@@ -272,7 +273,7 @@ def method_curves(histories: pd.DataFrame, title: str) -> Figure:
         axis.set(xlabel="epoch", ylabel=label, xscale="log")
         axis.xaxis.set_major_formatter("{x:.0f}")
     axes[0].legend(fontsize=8)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
@@ -335,7 +336,7 @@ def headline(table: pd.DataFrame, title: str) -> Figure:
             ylabel=f"test {METRIC_NAMES[metric]}, 95 % interval", xlim=(-0.6, len(methods) - 0.4)
         )
     _against(axes[2], by_size, "train_chips", "auroc", lines=True)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
@@ -351,7 +352,7 @@ def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
     for axis in axes:
         axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axis.legend(fontsize=8)
-    return _titled(figure, title)
+    return titled(figure, title)
 
 
 def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
@@ -390,4 +391,4 @@ def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
         axis.set(title=method, xlabel="layer", ylabel="block")
         axis.tick_params(axis="y", rotation=0)
         axis.label_outer()
-    return _titled(figure, title)
+    return titled(figure, title)

@@ -56,7 +56,8 @@ def test_every_probe_has_its_interval(table):
 def test_example_backbone_beats_random_weights_and_colours(table):
     ours = table.loc[("example (ViT-Ti/14, distilled)", "logistic regression")]
     others = table[table.index.get_level_values("features") != "example (ViT-Ti/14, distilled)"]
-    # On the 104 validation chips; on so few the intervals of the best two touch.
+    # On 104 validation chips the intervals of the best two touch (0.988 and 0.989), so the value
+    # is compared. It is 0.996; a backbone whose weights did not arrive reaches 0.92.
     assert ours["auroc"] > others["auroc_high"].max()
 
 

@@ -1,6 +1,7 @@
 """What a person at a terminal, in JupyterLab or of a log sees: progress, and one-line errors."""
 
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -56,7 +57,12 @@ class _SilentBar(text_bar):
 
 
 def _is_drawn() -> bool:
-    """Whether somebody watches: Jupyter's server sets this variable; papermill does not."""
+    """Whether somebody watches: Jupyter's server sets this variable; papermill does not.
+
+    A process that another one started leaves the drawing to it.
+    """
+    if multiprocessing.parent_process():
+        return False
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ
 
 
@@ -85,15 +91,11 @@ class _Lines:
         while not done.wait(EVERY):
             if self.idle:
                 continue
-            with tqdm.get_lock():
-                bars = sorted(_bars, key=lambda bar: bar.start_t)
-            bars = [bar for bar in bars if not bar.disable]  # a closed bar is disabled
-            if bars and sys.stderr.isatty():
+            if sys.stderr.isatty() and (bars := _open_bars()):
                 for bar in bars:
                     bar.refresh()
                 continue
-            doing = " > ".join(map(_described, bars)) or "working"
-            line = f"{_where()}{time.monotonic() - self.began:.0f} s: {doing}\n"
+            line = f"{_where()}{time.monotonic() - self.began:.0f} s: {doing()}\n"
             with suppress(OSError):  # a kernel's stderr has the number of the terminal behind it
                 os.write(sys.stderr.fileno(), line.encode())
 
@@ -112,6 +114,17 @@ def _where() -> str:
     if shell is None:
         return ""
     return f"{os.environ.get(NOTEBOOK, 'notebook')}, cell {len(shell.user_ns['In']) - 1}, "
+
+
+def _open_bars() -> list[text_bar]:
+    with tqdm.get_lock():
+        bars = sorted(_bars, key=lambda bar: bar.start_t)
+    return [bar for bar in bars if not bar.disable]  # a closed bar is disabled
+
+
+def doing() -> str:
+    """Every open bar of this process in words, from the outermost to the innermost."""
+    return " > ".join(map(_described, _open_bars())) or "working"
 
 
 def _described(bar: text_bar) -> str:

@@ -84,6 +84,8 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     """Train, test and save every run of the comparison; return them by name.
 
     With `resume`, runs that finished before with the same parameters, data and weights are read.
+    The first seed of every method trains in a fresh process, from which `cost_table` takes memory
+    and seconds.
 
     Raises:
         InputError: as `jobs.finished`, for any run before the first is trained where it can be
@@ -100,10 +102,13 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
         report(warning)
     with everyone.main_process_first():  # it writes what the others read
         baselines(config, data, report)
+    measured = {config.run(method, config.seeds[0]).name for method in config.methods}
     runs = {}
     for number, run_config in enumerate(plan, start=1):
         start, name = time.perf_counter(), run_config.name
-        run, was_read = finished(run_config, shares[name], report=lambda line: None)
+        run, was_read = finished(
+            run_config, shares[name], report=lambda line: None, alone=name in measured
+        )
         runs[name] = run
         took = "finished before" if was_read else f"{time.perf_counter() - start:.0f} s"
         failure = run.record["failure"] and f"; WARNING: {run.record['failure']}"
@@ -141,31 +146,27 @@ def main_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, in
 
 
 def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
-    """What each method trains, keeps, needs and takes; one row a method, medians over seeds.
+    """What each method trains, keeps, needs and takes; one row a method.
 
-    Bytes and seconds are those measured in the runs; `bytes_to_keep` as in `runs.save_run`.
+    Of the first seed's run, which `compare` trained in a process of its own: peak memory of that
+    process, from loading the model on; seconds of its epochs, median, least and most; images per
+    second, seconds and epochs until the best epoch. `bytes_to_keep` as in `runs.save_run`.
     """
     rows = []
-    for method in dict.fromkeys(method for method, _ in runs):
-        of_method = [run for (name, _), run in runs.items() if name == method]
-        histories = [run.history for run in of_method]
-        best_epochs = [run.record["best_epoch"] for run in of_method]
-        to_best = [
-            history.seconds[:epoch].sum()
-            for history, epoch in zip(histories, best_epochs, strict=True)
-        ]
+    for method, run in first_seed(runs).items():
+        history, best_epoch = run.history, run.record["best_epoch"]
         rows.append(
             {
                 "method": method,
-                "trainable_parameters": of_method[0].record["parameters"]["trainable"],
-                "bytes_to_keep": of_method[0].record["bytes_to_keep"],
-                "peak_memory_bytes": np.median([h.peak_memory_bytes.max() for h in histories]),
-                "seconds_per_epoch": np.median(np.concatenate([h.seconds for h in histories])),
-                "images_per_second": np.median(
-                    np.concatenate([h.images_per_second for h in histories])
-                ),
-                "seconds_to_best": np.median(to_best),
-                "epochs_to_best": np.median(best_epochs),
+                "trainable_parameters": run.record["parameters"]["trainable"],
+                "bytes_to_keep": run.record["bytes_to_keep"],
+                "peak_memory_bytes": history.peak_memory_bytes.max(),
+                "seconds_per_epoch": history.seconds.median(),
+                "seconds_least": history.seconds.min(),
+                "seconds_most": history.seconds.max(),
+                "images_per_second": history.images_per_second.median(),
+                "seconds_to_best": history.seconds[:best_epoch].sum(),
+                "epochs_to_best": best_epoch,
             }
         )
     return pd.DataFrame(rows).set_index("method")

@@ -8,6 +8,7 @@ from pathlib import Path
 from helpers import InputError
 from helpers.data.dataset import ChipData
 from helpers.data.report import data_warnings
+from helpers.training.alone import train_alone
 from helpers.training.config import RunConfig
 from helpers.training.methods import train
 from helpers.training.processes import processes, said_once
@@ -21,13 +22,17 @@ from helpers.training.runs import (
 )
 
 
-def finished(config: RunConfig, data: ChipData, report=print) -> tuple[Run, bool]:
+def finished(
+    config: RunConfig, data: ChipData, report=print, alone: bool = False
+) -> tuple[Run, bool]:
     """The whole job: check, warn, train, test and save; with `resume`, read what is finished.
 
     Args:
         config: of the run.
         data: from `config.data()`.
         report: receives warnings about the data, then the progress.
+        alone: train in a fresh process, for what a run costs (`alone.train_alone`); not where
+            several processes train.
 
     Returns:
         The run, and whether it was read. A run that failed is saved all the same; its record says
@@ -46,6 +51,9 @@ def finished(config: RunConfig, data: ChipData, report=print) -> tuple[Run, bool
             run = read_run(config.resolved())
             if run is not None and run.classifier is not None:
                 return run, True
+    if alone and everyone.num_processes == 1:
+        train_alone(config, data, report)
+        return read_run(config), False
     run = train(config, data, report)
     if everyone.is_main_process:
         save_run(config, run)

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from helpers import InputError
 from helpers.console import progress_bar
-from helpers.records import peak_memory_bytes, reset_peak_memory
+from helpers.records import peak_memory_bytes
 from helpers.training.checkpoints import Checkpoint
 from helpers.training.examples import ChipExamples, FeatureExamples, beside_the_model
 from helpers.training.processes import moved
@@ -193,7 +193,6 @@ class Loop:
     ) -> None:
         """Train epoch by epoch until every candidate has stopped."""
         progress, n = self.progress, len(self.train.targets)
-        reset_peak_memory()
         while progress.epoch < self.settings.epochs and not all(progress.stopped):
             progress.epoch += 1
             start = time.perf_counter()

@@ -19,6 +19,7 @@ from helpers.models.adapters import (
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier, head_columns
 from helpers.models.export import count_parameters
+from helpers.records import reset_peak_memory
 from helpers.training.checkpoints import Checkpoint
 from helpers.training.config import RunConfig
 from helpers.training.examples import DIHEDRAL_VIEWS, ChipExamples, decoded
@@ -186,6 +187,10 @@ def _parameters(config: RunConfig, model, classifier: Classifier) -> dict[str, i
 
 
 def train(config: RunConfig, data: ChipData, report=print) -> Run:
-    """Train by `config.method`; raises as `train_head_only` and `train_adapted`."""
+    """Train by `config.method`; raises as `train_head_only` and `train_adapted`.
+
+    The peak memory in its history is the most since here: features are part of a training.
+    """
+    reset_peak_memory()
     method = train_head_only if config.method == "head_only" else train_adapted
     return method(config, data, report)

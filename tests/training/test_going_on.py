@@ -1,117 +1,19 @@
-"""Going on after a kill, and what a finished run leaves to the next."""
+"""Going on from a checkpoint, and what a finished run leaves to the next."""
 
-import multiprocessing
 import os
-import random
-import shutil
-import signal
-import time
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import InputError
 from helpers.models.backbones import create_backbone
 from helpers.training import jobs, methods
-from helpers.training.config import RunConfig
-from tests.fake_data import manifest_folder
-
-NUMBERS = ["epoch", "train_loss", "valid_loss", "train_acc", "valid_acc", "valid_auroc"]
-
-
-@pytest.fixture(scope="module")
-def chips_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return manifest_folder(folder, counts={"train": 16, "valid": 8, "test": 8})
-
-
-def config_for(data, folder, **parameters):
-    """A short run on chips of 28 px, everything below one folder."""
-    defaults = {
-        "data_path": str(data),
-        "image_size": 28,
-        "method": "lora",
-        "epochs": 4,
-        "patience": 4,
-        "batch_size": 16,
-        "precision": "fp32",
-        "device": "cpu",
-        "output_path": str(folder / "models"),
-        "history_path": str(folder / "history"),
-        "cache_path": str(folder / "cache"),
-        "run_name": "trial",
-    }
-    return RunConfig.checked(**defaults | parameters)
-
-
-def run(config):
-    finished, _ = jobs.finished(config, config.data(), report=lambda line: None)
-    return finished
-
-
-# --- Going on ------------------------------------------------------------------------------------
-
-
-def train_in_a_process(config):
-    """Run quietly; the entry point of a process that may be killed."""
-    torch.set_num_threads(1)
-    run(config)
-
-
-def weights_of(config):
-    return load_file(config.folder / "model_final.safetensors")
-
-
-def history_of(config):
-    return pd.read_csv(f"{config.history_path}/trial.csv")[NUMBERS]
-
-
-def test_killed_at_random_moments_a_run_ends_as_if_left_alone(chips_folder, tmp_path):
-    """SIGKILL at ten or more moments spread over the whole run, then the same history."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.test_going_on"])
-    options = {"epochs": 8, "patience": 8, "method": "lora", "augment": True}
-
-    first = context.Process(target=int)  # so that the imports do not count as part of a run
-    first.start()
-    first.join()
-    alone = config_for(chips_folder, tmp_path / "alone", **options)
-    start = time.monotonic()
-    process = context.Process(target=train_in_a_process, args=(alone,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    whole = time.monotonic() - start
-
-    killed = config_for(chips_folder, tmp_path / "killed", resume=True, **options)
-    generator = random.Random(0)
-    kills, epochs_seen = 0, set()
-    while True:
-        process = context.Process(target=train_in_a_process, args=(killed,))
-        process.start()
-        process.join(generator.uniform(0.1, 0.9) * whole if kills < 10 else None)
-        if process.exitcode is not None:
-            if process.exitcode == 0 and kills >= 10:
-                break
-            # Finished before its kill: forget it, so that there is something to do again.
-            assert process.exitcode == 0
-            shutil.rmtree(killed.folder)
-            continue
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-        checkpoint = killed.folder / "checkpoint.pt"
-        if checkpoint.is_file():
-            epochs_seen.add(torch.load(checkpoint, weights_only=True)["progress"]["epoch"])
-    assert len(epochs_seen) >= 2, "the kills must fall into different epochs"
-    pd.testing.assert_frame_equal(history_of(killed), history_of(alone))
-    expected, state = weights_of(alone), weights_of(killed)
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
+from tests.training.short_run import NUMBERS, config_for, run
 
 
 def test_a_finished_run_is_read_and_its_checkpoint_is_gone(chips_folder, tmp_path):

@@ -16,43 +16,10 @@ from torch import nn
 from helpers import InputError
 from helpers.models.files import load_classifier
 from helpers.records import ROOT
-from helpers.training import jobs, setup
-from helpers.training.config import RunConfig
+from helpers.training import setup
 from helpers.training.examples import ChipExamples, decoded, dihedral
 from helpers.training.loop import FitSettings, fit
-from tests.fake_data import manifest_folder
-
-NUMBERS = ["epoch", "train_loss", "valid_loss", "train_acc", "valid_acc", "valid_auroc"]
-
-
-@pytest.fixture(scope="module")
-def chips_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return manifest_folder(folder, counts={"train": 16, "valid": 8, "test": 8})
-
-
-def config_for(data, folder, **parameters):
-    """A short run on chips of 28 px, everything below one folder."""
-    defaults = {
-        "data_path": str(data),
-        "image_size": 28,
-        "method": "lora",
-        "epochs": 4,
-        "patience": 4,
-        "batch_size": 16,
-        "precision": "fp32",
-        "device": "cpu",
-        "output_path": str(folder / "models"),
-        "history_path": str(folder / "history"),
-        "cache_path": str(folder / "cache"),
-        "run_name": "trial",
-    }
-    return RunConfig.checked(**defaults | parameters)
-
-
-def run(config):
-    finished, _ = jobs.finished(config, config.data(), report=lambda line: None)
-    return finished
+from tests.training.short_run import NUMBERS, config_for, history_of, run
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
@@ -259,10 +226,6 @@ def test_gradients_are_clipped():
 
 
 # --- Processes -----------------------------------------------------------------------------------
-
-
-def history_of(config):
-    return pd.read_csv(f"{config.history_path}/trial.csv")[NUMBERS]
 
 
 TWO_PROCESSES = """

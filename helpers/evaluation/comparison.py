@@ -26,8 +26,8 @@ from helpers.training.runs import Run, class_probabilities, read_run
 class CompareConfig(ReportConfig, TrainingConfig):
     """Parameters of the method comparison; each run is a RunConfig made from them.
 
-    What is given for epochs, patience, batch size and learning rate is for lora, dora and full;
-    head_only keeps its own, since its epochs cost nothing.
+    What is given for adapted blocks, epochs, patience, batch size and learning rate is for lora,
+    dora and full; head_only keeps its own, since its epochs cost nothing.
     """
 
     methods: tuple[Literal[METHODS], ...] = Field(
@@ -57,7 +57,9 @@ class CompareConfig(ReportConfig, TrainingConfig):
         values = self.model_dump(include=set(TrainingConfig.model_fields))
         values |= {"method": method, "seed": seed}
         if method == "head_only":
-            values |= dict.fromkeys(("epochs", "patience", "batch_size", "learning_rate"))
+            values |= dict.fromkeys(
+                ("adapted_blocks", "epochs", "patience", "batch_size", "learning_rate")
+            )
             values["head_inputs"] = (self.head_input,)
         run = RunConfig.checked(**values | changes)
         # Another name than that of the head-only run of setup_finetune.

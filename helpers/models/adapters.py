@@ -43,6 +43,7 @@ class AdapterSettings:
         targets: names of linear layers in the blocks, such as qkv, proj, fc1, fc2.
         method: a name in `PEFT_METHODS`; dora trains the magnitude of each output apart from its
             direction.
+        blocks: how many of the backbone's last blocks are adapted; None for all.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -52,6 +53,7 @@ class AdapterSettings:
     dropout: float = 0.1
     targets: tuple[str, ...] = ("qkv",)
     method: str = "lora"
+    blocks: int | None = None
 
 
 def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
@@ -77,14 +79,17 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
     largest = max(min(layers[name].weight.shape) for name in settings.targets)
     if not 1 <= settings.rank <= largest:
         raise InputError(f"lora_rank: {settings.rank} is not between 1 and {largest}")
+    first = first_adapted(settings.blocks, len(classifier.backbone.blocks))
     if settings.method not in PEFT_METHODS:
         raise InputError(f"method: {settings.method!r} is none of {', '.join(PEFT_METHODS)}")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        # By path, since the patch embedding's convolution is called proj too.
-        target_modules=rf".*\.blocks\..*\.({'|'.join(settings.targets)})",
+        target_modules=list(settings.targets),
+        # In blocks only: the patch embedding's convolution is called proj too.
+        layers_to_transform=list(range(first, len(classifier.backbone.blocks))),
+        layers_pattern="blocks",
         modules_to_save=["linear_head"],
         bias="none",
         **PEFT_METHODS[settings.method],
@@ -92,6 +97,21 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
     model = get_peft_model(classifier, config)
     model.adapter_settings = settings
     return model
+
+
+def first_adapted(blocks: int | None, depth: int) -> int:
+    """Number of the first of the last `blocks` blocks (None: all); those before it are frozen.
+
+    Raises:
+        InputError: a number that is not between 1 and the backbone's depth.
+    """
+    if blocks is None:
+        return 0
+    if not 1 <= blocks <= depth:
+        raise InputError(
+            f"adapted_blocks: {blocks} is not between 1 and {depth}, the backbone's blocks"
+        )
+    return depth - blocks
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,12 +150,51 @@ class Classifier(nn.Module):
         """Chips (N, bands, S, S), uint8 or float in file units -> logits (N, classes)."""
         if self.config.head_input == "4xcls+mean":
             return self.linear_head(self.features(chips))
-        tokens = self.backbone.forward_features(self.normalize(chips))
-        inputs = tokens[:, 0]
-        if self.config.head_input == "cls+mean":
-            patches = tokens[:, self.backbone.num_prefix_tokens :]
-            inputs = torch.cat([inputs, patches.mean(dim=1)], dim=1)
-        return self.linear_head(inputs)
+        return self._logits(self.backbone.forward_features(self.normalize(chips)))
+
+    def tokens(self, chips: Tensor, block: int) -> Tensor:
+        """What the first `block` blocks make of chips: (N, bands, S, S) -> (N, T, width).
+
+        All tokens, not normalised: CLS, registers and patches; `forward_from` goes on from them.
+        """
+        ((patches, prefix),) = self.backbone.forward_intermediates(
+            self.normalize(chips),
+            indices=[block - 1],
+            return_prefix_tokens=True,
+            intermediates_only=True,
+            stop_early=True,
+            output_fmt="NLC",
+        )
+        return torch.cat([prefix, patches], dim=1)
+
+    def forward_from(self, tokens: Tensor, block: int) -> Tensor:
+        """Logits (N, classes) from `tokens(chips, block)` in any precision, by the other blocks."""
+        tokens = tokens.to(self.backbone.cls_token.dtype)
+        classes = []
+        for number, layer in enumerate(self.backbone.blocks[block:], start=block):
+            tokens = layer(tokens, **self._position(number))
+            classes.append(tokens[:, 0])
+        if self.config.head_input == "4xcls+mean":
+            earlier = [self.backbone.norm(token) for token in classes[-4:-1]]
+            return self._logits(self.backbone.norm(tokens), earlier)
+        return self._logits(self.backbone.norm(tokens))
+
+    def _position(self, block: int) -> dict[str, Tensor]:
+        """What a block of timm's EVA (DINOv3) is told of the places of patches."""
+        rope = getattr(self.backbone, "rope", None)
+        if rope is None:
+            return {}
+        grid = {"shape": self.backbone.patch_embed.grid_size}
+        embedding = rope.get_embed(**({} if getattr(rope, "feat_shape", None) else grid))
+        by_block = getattr(self.backbone, "rope_mixed", False)
+        return {"rope": embedding[block] if by_block else embedding}
+
+    def _logits(self, tokens: Tensor, earlier: Sequence[Tensor] = ()) -> Tensor:
+        """From the normalised tokens of the last block, and CLS tokens (N, width) before it."""
+        inputs = [*earlier, tokens[:, 0]]
+        if self.config.head_input != "cls":
+            inputs.append(tokens[:, self.backbone.num_prefix_tokens :].mean(dim=1))
+        return self.linear_head(torch.cat(inputs, dim=1))
 
     def with_head(self, head_input: str, linear_head: nn.Linear) -> "Classifier":
         """The same backbone (shared, not copied) with a trained head on one head input."""

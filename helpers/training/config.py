@@ -11,8 +11,9 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from helpers import InputError
 from helpers.config import Config, Places, folder_field
 from helpers.data.dataset import ChipData, DataConfig
-from helpers.models.adapters import METHODS
+from helpers.models.adapters import METHODS, first_adapted
 from helpers.models.architectures import BACKBONE_HELP, backbone_label
+from helpers.models.backbones import build_backbone
 from helpers.models.classifier import HEAD_INPUTS
 from helpers.records import check_plain_name
 
@@ -67,6 +68,11 @@ class TrainingConfig(Places, DataConfig):
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="on the input of the update")
     lora_targets: tuple[str, ...] = Field(
         ("qkv",), description="adapted layers of every block: qkv, proj, fc1, fc2"
+    )
+    adapted_blocks: PositiveInt | None = Field(
+        None,
+        description="of lora, dora, full: train the last k blocks, on kept tokens of the others; "
+        "None: all",
     )
     epochs: PositiveInt | None = Field(
         None, le=10**6, description=f"at most, passes over the training images{_by_method}"
@@ -198,17 +204,34 @@ class RunConfig(TrainingConfig):
         """The same run with every `auto` replaced by what it means on this machine.
 
         Raises:
-            InputError: a device, precision or name that cannot be used.
+            InputError: a device, precision, name or number of blocks that cannot be used.
         """
         check_plain_name("run_name", self.name)
         if self.tracker != "none" and find_spec(self.tracker) is None:
             raise InputError(
                 f"tracker: {self.tracker} is not installed; pip install {self.tracker}, or use none"
             )
+        self._check_adapted_blocks()
         precision = self.mixed_precision.replace("no", "fp32")
         if self.method == "head_only":
             precision = self.features_precision
         return self.model_copy(update={"device": self.torch_device, "precision": precision})
+
+    def _check_adapted_blocks(self) -> None:
+        if self.adapted_blocks is None:
+            return
+        if self.method == "head_only":
+            raise InputError(
+                "adapted_blocks: head_only trains no block; use lora, dora or full, or leave it out"
+            )
+        with torch.device("meta"):
+            depth = len(build_backbone(self.backbone).blocks)
+        first_adapted(self.adapted_blocks, depth)
+        if self.head_input == "4xcls+mean" and self.adapted_blocks < 4:
+            raise InputError(
+                "adapted_blocks: head_input 4xcls+mean reads the last four blocks; use 4 or more, "
+                "or another head_input"
+            )
 
     def deciding(self) -> dict[str, Any]:
         """All parameters that decide what the run computes, as JSON has them."""

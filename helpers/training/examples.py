@@ -72,10 +72,11 @@ def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tens
 
 @dataclass(frozen=True)
 class FeatureExamples:
-    """Frozen features as training examples.
+    """What frozen blocks made of the chips as training examples: features or tokens.
 
     Args:
-        values: (views, N, F) float32; with several views, training draws one per image and epoch.
+        values: features (views, N, F) float32, or tokens (views, N, T, width) in half precision;
+            with several views, training draws one per image and epoch.
         targets: (N,) int64.
     """
 
@@ -88,7 +89,7 @@ class FeatureExamples:
         return len(self.values)
 
     def take(self, rows: Tensor, views: Tensor, device: str | torch.device = "cpu") -> Tensor:
-        """Inputs (n, F) of n rows, each in its own view."""
+        """Inputs (n, F) or (n, T, width) of n rows, each in its own view."""
         return moved(self.values[views, rows], device)
 
 

@@ -4,9 +4,7 @@ The cache is keyed by what decides the numbers (pixels and labels, backbone weig
 normalisation, views), so a stale entry cannot be read by accident.
 """
 
-import hashlib
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from helpers.data.dataset import ChipData, ChipDataset
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole, written_whole_folder
+from helpers.training.cache import entry_folder, read_seconds, write_record
 from helpers.training.examples import batches, dihedral
 from helpers.training.processes import fast_products, several
 
@@ -148,8 +147,7 @@ def cached_features(
     }
     if options.get("device") == "cuda":  # rounded otherwise
         key["precision"] = options.get("precision", "fp32").replace("fp32", "tf32")
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    entry = Path(cache_path) / f"features_{name}"
+    entry = entry_folder(cache_path, "features", key)
     shape = (key["views"], len(dataset), 5 * classifier.backbone.embed_dim)
     mapped = 4 * np.prod(shape) > memory_limit_bytes
     found = _read_entry(entry, shape, dataset.targets, mapped)
@@ -165,8 +163,7 @@ def cached_features(
     with written_whole_folder(entry) as part:
         file = part / "values.npy"
         features = extract_features(classifier, dataset, file=file, **options)
-        record = {"seconds": features.seconds, "digest": _digest(file)}
-        (part / "entry.json").write_text(json.dumps(record))
+        write_record(file, features.seconds)
         # What is computed goes the way of what is read, so that both give the same bits.
         values = None if mapped else features.values.clone()
     if values is None:
@@ -204,25 +201,18 @@ def _share_out(
                     values[:, rows] = np.load(file, mmap_mode="r")
                     file.unlink()
             values.flush()
-            record = {"seconds": seconds, "digest": _digest(folder / "values.npy")}
-            (folder / "entry.json").write_text(json.dumps(record))
+            write_record(folder / "values.npy", seconds)
     processes.wait_for_everyone()
 
 
 def _read_entry(entry: Path, shape: tuple, targets: Tensor, mapped: bool) -> Features | None:
-    try:
-        record = json.loads((entry / "entry.json").read_text())
-        file = entry / "values.npy"
-        if _digest(file) != record["digest"]:
-            return None
-        values = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
-        if values.shape != shape or values.dtype != np.float32:
-            return None
-        return Features(torch.from_numpy(values), targets.clone(), float(record["seconds"]), True)
-    except (OSError, ValueError, KeyError, TypeError):  # whatever an odd entry can raise
+    file = entry / "values.npy"
+    if (seconds := read_seconds(file)) is None:
         return None
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    try:
+        values = np.load(file, mmap_mode="c" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    if values.shape != shape or values.dtype != np.float32:
+        return None
+    return Features(torch.from_numpy(values), targets.clone(), seconds, True)

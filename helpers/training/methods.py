@@ -1,18 +1,19 @@
 """head_only, lora, dora and full on the one training loop."""
 
 import copy
-from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.data.dataset import ChipData
 from helpers.models.adapters import (
     AdapterSettings,
     adapter_parameters,
     add_adapter,
+    first_adapted,
     merge_adapter,
     transfer_adapter,
 )
@@ -22,7 +23,7 @@ from helpers.models.export import count_parameters
 from helpers.records import reset_peak_memory
 from helpers.training.checkpoints import Checkpoint
 from helpers.training.config import RunConfig
-from helpers.training.examples import DIHEDRAL_VIEWS, ChipExamples, decoded
+from helpers.training.examples import ChipExamples, FeatureExamples
 from helpers.training.features import Features
 from helpers.training.heads import fit_heads, sweep
 from helpers.training.loop import Loop, fit, predict
@@ -31,9 +32,11 @@ from helpers.training.setup import (
     check_space,
     fit_settings,
     new_classifier,
+    split_chips,
     split_features,
     tracked_accelerator,
 )
+from helpers.training.tokens import FromTokens, bare, cached_tokens
 
 
 def train_head_only(config: RunConfig, data: ChipData, report=print) -> Run:
@@ -83,17 +86,19 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
             checkpoint to resume from is of another run, or no epoch had a finite loss.
     """
     config = config.resolved()
-    model, group, train, digest = training_setup(config, data)
+    model, group, digest = training_setup(config, data)
     check_space(config, model)
     identity = config.deciding() | {
         "data_fingerprint": data.fingerprint,
         "weights_digest": weights_digest(model),
     }
-    valid, test = (_chips(config, data, split) for split in ("valid", "test"))
     with tracked_accelerator(config) as accelerator:
+        module, (train, valid), token_record = _inputs(
+            config, data, model, digest, accelerator, ("train", "valid"), report
+        )
         torch.manual_seed(config.seed + accelerator.process_index)  # dropout
         progress = fit(
-            model,
+            module,
             [group],
             train,
             valid,
@@ -102,87 +107,103 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
             checkpoint=Checkpoint(checkpoint_path(config), identity, config.resume),
             report=report,
         )
-    adapter, classifier = None, model
-    if config.method != "full":
-        adapter = transfer_adapter(model.cpu(), new_classifier(config, data))
+    adapter, classifier = None, new_classifier(config, data)
+    if config.method == "full":
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        classifier.load_state_dict(trained, strict=False)
+    else:
+        adapter = transfer_adapter(model.cpu(), classifier)
         classifier = merge_adapter(copy.deepcopy(adapter))
     classifier = classifier.to(accelerator.device).float()
     probabilities = {
-        split: predict(classifier, examples, 64, accelerator)[0]
-        for split, examples in {"valid": valid, "test": test}.items()
+        split: predict(classifier, split_chips(config, data, split), 64, accelerator)[0]
+        for split in ("valid", "test")
     }
     candidate = pd.DataFrame(
         {name: [getattr(config, name)] for name in ("head_input", "learning_rate", "weight_decay")}
     )
     parameters = _parameters(config, model, classifier)
-    return finished_run(
+    run = finished_run(
         config, data, classifier, adapter, progress, candidate, parameters, probabilities, digest
     )
+    run.record["tokens"] = token_record
+    return run
 
 
 def training_loop(config: RunConfig, data: ChipData) -> Loop:
     """A fresh lora, dora or full run before its first step, for who measures steps."""
-    model, group, train, _ = training_setup(config, data)
-    settings = fit_settings(config, train.targets)
+    config = config.resolved()
+    model, group, digest = training_setup(config, data)
     with tracked_accelerator(config) as accelerator:
-        loop = Loop(model, [group], train, settings, accelerator)
+        module, (train,), _ = _inputs(config, data, model, digest, accelerator, ("train",))
+        loop = Loop(module, [group], train, fit_settings(config, train.targets), accelerator)
     loop.model.train()
     return loop
 
 
-def training_setup(
-    config: RunConfig, data: ChipData
-) -> tuple[Classifier | PeftModel, dict, ChipExamples, str]:
+def _inputs(
+    config: RunConfig,
+    data: ChipData,
+    model: Classifier | PeftModel,
+    digest: str,
+    accelerator: Accelerator,
+    splits: tuple[str, ...],
+    report=print,
+) -> tuple[nn.Module, list[ChipExamples | FeatureExamples], dict | None]:
+    """The module to train, what each split feeds it, and what the record says of kept tokens."""
+    record = None
+    if block := first_adapted(config.adapted_blocks, len(bare(model).backbone.blocks)):
+        tokens, record = cached_tokens(config, data, model, block, digest, accelerator, splits)
+        if tokens:
+            came = "read from the cache" if record["was_read"] else f"{record['seconds']:.1f} s"
+            report(f"tokens of {block} frozen blocks, {record['bytes'] / 1e6:,.0f} MB: {came}")
+            return FromTokens(model, block), [tokens[split] for split in splits], record
+        report(f"{block} frozen blocks are computed in every epoch: {record['not_kept']}")
+    return model, [split_chips(config, data, split) for split in splits], record
+
+
+def training_setup(config: RunConfig, data: ChipData) -> tuple[Classifier | PeftModel, dict, str]:
     """A fresh model for lora, dora or full, reproducible from the seed.
 
     Returns:
-        The model, its AdamW parameter group, the training chips, and the digest of the backbone's
-        weights.
+        The model, its AdamW parameter group, and the digest of the backbone's weights.
     """
     model = new_classifier(config, data)
     digest = weights_digest(model.backbone)
-    if config.method != "full":
+    if config.method == "full":
+        if first := first_adapted(config.adapted_blocks, len(model.backbone.blocks)):
+            model.backbone.requires_grad_(False)
+            model.backbone.blocks[first:].requires_grad_(True)
+            model.backbone.norm.requires_grad_(True)
+    else:
         settings = AdapterSettings(
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             targets=config.lora_targets,
             method=config.method,
+            blocks=config.adapted_blocks,
         )
         model = add_adapter(model, settings)
-        if config.mixed_precision == "bf16":
-            # Frozen weights in the precision they are used in: no cast in every step, half the
-            # bytes.
-            for parameter in model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.bfloat16()
+    if config.mixed_precision == "bf16":
+        # Frozen weights in the precision they are used in: no cast in every step, half the bytes.
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     group = {
         "params": [p for p in model.parameters() if p.requires_grad],
         "lr": config.learning_rate,
         "weight_decay": config.weight_decay,
     }
-    return model, group, _chips(config, data, "train"), digest
-
-
-def _chips(config: RunConfig, data: ChipData, split: str) -> ChipExamples:
-    """The chips of a split, each decoded once."""
-    dataset = data.dataset(split, config.image_size)
-    chips = decoded(
-        dataset,
-        config.memory_limit_gb * 1e9,
-        Path(config.cache_path)
-        / f"chips_{data.split_fingerprint(split)}_{config.image_size}_{split}.bin",
-    )
-    views = DIHEDRAL_VIEWS if config.augment and split == "train" else 1
-    return ChipExamples(chips, dataset.targets, views)
+    return model, group, digest
 
 
 def _parameters(config: RunConfig, model, classifier: Classifier) -> dict[str, int]:
     """Parameter counts of a run: `total` at inference, `trainable`, and the adapter's parts."""
-    total = count_parameters(classifier)["total"]
     if config.method == "full":
-        return {"total": total, "trainable": total}
+        return count_parameters(model)
     parts = adapter_parameters(model)
+    total = count_parameters(classifier)["total"]
     return {"total": total, "trainable": sum(parts.values())} | parts
 
 

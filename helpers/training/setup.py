@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.data.dataset import ChipData, band_statistics
 from helpers.models.classifier import Classifier, ClassifierConfig, create_classifier
 from helpers.training.config import RunConfig
-from helpers.training.examples import DIHEDRAL_VIEWS
+from helpers.training.examples import DIHEDRAL_VIEWS, ChipExamples, decoded
 from helpers.training.features import Features, cached_features
 from helpers.training.loop import FitSettings
 from helpers.training.processes import fast_products, processes
@@ -60,6 +60,19 @@ def split_features(
         precision=config.features_precision,
         views=DIHEDRAL_VIEWS if augmented else 1,
     )
+
+
+def split_chips(config: RunConfig, data: ChipData, split: str) -> ChipExamples:
+    """The chips of a split, each decoded once."""
+    dataset = data.dataset(split, config.image_size)
+    chips = decoded(
+        dataset,
+        config.memory_limit_gb * 1e9,
+        Path(config.cache_path)
+        / f"chips_{data.split_fingerprint(split)}_{config.image_size}_{split}.bin",
+    )
+    views = DIHEDRAL_VIEWS if config.augment and split == "train" else 1
+    return ChipExamples(chips, dataset.targets, views)
 
 
 def fit_settings(config: RunConfig, targets: Tensor) -> FitSettings:

@@ -140,6 +140,43 @@ def test_forward_is_the_head_on_its_columns_of_the_features(model, head_input):
     torch.testing.assert_close(logits, classifier.linear_head(inputs))
 
 
+@pytest.mark.parametrize("model", TINY)
+@torch.inference_mode()
+def test_going_on_from_tokens_gives_the_same_logits(model):
+    """Registers, rotary embeddings and gated MLPs included, from every block that allows it."""
+    chips = random_chips(size=32 if "dinov3" in TINY[model] or "timm" in TINY[model] else 28)
+    for head_input in HEAD_INPUTS:
+        classifier = tiny_classifier(chips.shape[-1], model, head_input=head_input)
+        expected = classifier(chips)
+        for block in (1,) if head_input == "4xcls+mean" else (1, 3, 4):
+            tokens = classifier.tokens(chips, block)
+            assert tokens.shape[1:] == (classifier.backbone.num_prefix_tokens + 4, 64)
+            found = classifier.forward_from(tokens, block)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("block", [1, 3])
+@torch.inference_mode()
+def test_tokens_in_half_precision_move_logits_by_their_rounding(dtype, rounding, block):
+    """At most as if both branches of every block after passed the rounding on undiminished.
+
+    Relative to |head| |its input|, which no logit exceeds (Cauchy and Schwarz).
+    """
+    classifier = create_classifier(example_config(weights="pretrained", image_size=28))
+    chips = random_chips(8, size=28)
+    block += len(classifier.backbone.blocks) - 4
+    expected, tokens = classifier(chips), classifier.tokens(chips, block)
+    found = classifier.forward_from(tokens.to(dtype), block)
+    largest = (found - expected).abs().max() / expected.abs().max()
+    after = len(classifier.backbone.blocks) - block
+    norm = classifier.features(chips)[:, -192 * 2 : -192].norm(dim=1).max()
+    scale = classifier.linear_head.weight.norm(dim=1).max() * norm
+    assert 0 < (found - expected).abs().max() < rounding * (1 + 2 * after) * scale
+    print(largest)
+
+
 def test_head_columns_are_the_last_cls_and_the_patch_mean():
     features = torch.arange(5).repeat_interleave(2)[None]  # CLS 0 to 3, then the mean
     assert head_columns(features, "cls").tolist() == [[3, 3]]

@@ -1,6 +1,5 @@
 """Frozen features: the numbers of a direct forward pass, and a cache that is never stale."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from helpers import InputError
 from helpers.data.dataset import load_data
 from helpers.evaluation.baselines import colour_statistics, logistic_probe
 from helpers.evaluation.inspection import token_components
-from helpers.training import features
+from helpers.training import cache, features
 from helpers.training.examples import DIHEDRAL_VIEWS, dihedral
 from helpers.training.features import cached_features, extract_features
 from tests.fake_data import split_folders
@@ -184,8 +183,7 @@ def as_type(dtype):
 
 
 def rewrite_digest(entry):
-    record = {"seconds": 1.0, "digest": features._digest(entry / "values.npy")}
-    (entry / "entry.json").write_text(json.dumps(record))
+    cache.write_record(entry / "values.npy", 1.0)
 
 
 def fewer_rows(entry):
@@ -232,7 +230,7 @@ def test_an_interrupted_extraction_leaves_no_entry(data, classifier, monkeypatch
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(features, "_digest", interrupted)
+    monkeypatch.setattr(cache, "digest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cached_features(classifier, data, "valid", cache_path=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -162,19 +162,18 @@ def test_going_on_from_tokens_gives_the_same_logits(model):
 def test_tokens_in_half_precision_move_logits_by_their_rounding(dtype, rounding, block):
     """At most as if both branches of every block after passed the rounding on undiminished.
 
-    Relative to |head| |its input|, which no logit exceeds (Cauchy and Schwarz).
+    Relative to |head| |its input|, which no logit exceeds (Cauchy and Schwarz). Seen here: 0.0004
+    of the largest logit for fp16, 0.0025 for bf16.
     """
     classifier = create_classifier(example_config(weights="pretrained", image_size=28))
     chips = random_chips(8, size=28)
     block += len(classifier.backbone.blocks) - 4
     expected, tokens = classifier(chips), classifier.tokens(chips, block)
     found = classifier.forward_from(tokens.to(dtype), block)
-    largest = (found - expected).abs().max() / expected.abs().max()
     after = len(classifier.backbone.blocks) - block
     norm = classifier.features(chips)[:, -192 * 2 : -192].norm(dim=1).max()
     scale = classifier.linear_head.weight.norm(dim=1).max() * norm
     assert 0 < (found - expected).abs().max() < rounding * (1 + 2 * after) * scale
-    print(largest)
 
 
 def test_head_columns_are_the_last_cls_and_the_patch_mean():

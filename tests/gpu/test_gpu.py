@@ -77,12 +77,12 @@ def test_every_method_does_what_it_does_on_the_cpu(config, tmp_path, method, pre
     assert np.abs(difference).max() < BOUNDS[precision]
 
 
-def test_a_run_that_was_interrupted_goes_on(config):
+def test_a_run_that_was_interrupted_goes_on(config, tmp_path):
     def stop(line):
         if line.startswith("epoch   2"):
             raise KeyboardInterrupt
 
-    uninterrupted = quiet(config(method="lora", epochs=4))
+    uninterrupted = quiet(config(method="lora", epochs=4, output_path=str(tmp_path / "one")))
     killed = config(method="lora", epochs=4, resume=True)
     with pytest.raises(KeyboardInterrupt):
         jobs.finished(killed, killed.data(), report=stop)

@@ -1,5 +1,6 @@
 """Random numbers in the layouts that weights are published in, shared by the tests."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +62,14 @@ def published_state_dict(width, depth, registers):
         shapes["register_tokens"] = (1, registers, width)
     for i in range(depth):
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    # Every tensor is another stretch of one row of numbers: drawing 300 million takes a while.
     generator = torch.Generator().manual_seed(0)
-    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    numbers = 0.1 * torch.randn(max(sizes.values()) + len(sizes), generator=generator)
+    return {
+        name: numbers[start : start + sizes[name]].reshape(shape).clone()
+        for start, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def hub_layout(state):

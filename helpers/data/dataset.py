@@ -209,22 +209,19 @@ class DataConfig(Config):
 def load_data(data_path: str | Path, **parameters) -> ChipData:
     """Find, read and check every chip under `data_path`, and make the splits that are missing.
 
-    data_path: folder with a CSV manifest, with `train_clean.csv` and the like, with split
-        folders or with class folders; a CSV manifest (img_path, label, optional split and group);
-        or the word `eurosat` (torchvision, downloaded to ./data) or `example` (embedded).
-    bands: zero-based bands to use, in order; None takes the first three (all of fewer).
-    classes: class names to keep, in the order of their targets; None keeps all, sorted by name,
-        or by value where all are numbers.
-    positive_class: the class with target 1; more than two classes become it against `rest`.
-    group_column: manifest column naming what must stay in one split (a scene, a block).
-    split_seed: of the splits that are made.
-    on_unreadable: "error", or "skip" to list unreadable files in `skipped` and go on.
-    on_leakage: "warn" (in `leaks`), or "error", when given splits share images, groups or ground.
-
     Missing splits are made from train: a fifth of it each, stratified, seeded; whole groups,
     copies (byte-identical or re-encoded) and chips whose ground overlaps (GeoTIFFs) stay together.
-    Pixels without data are filled as `read_chip` says.
-    Memory grows with the manifest rows only, not the pixels.
-    Raises InputError for everything that is wrong with the data or a parameter.
+    Pixels without data are filled as `read_chip` says. Memory grows with the manifest rows only,
+    not the pixels.
+
+    Args:
+        data_path: folder with a CSV manifest, with `train_clean.csv` and the like, with split
+            folders or with class folders; a CSV manifest (img_path, label, optional split and
+            group); or `eurosat` (torchvision, downloaded to ./data) or `example` (embedded).
+        parameters: the other fields of `DataConfig`. Classes are sorted by name, or by value where
+            all are numbers; unreadable files that are skipped are listed in `skipped`.
+
+    Raises:
+        InputError: for everything that is wrong with the data or a parameter.
     """
     return DataConfig.checked(data_path=str(data_path), **parameters).data()

@@ -50,6 +50,8 @@ def finished(
         with suppress(InputError):  # files of two runs, since publishing was interrupted
             run = read_run(config.resolved())
             if run is not None and run.classifier is not None:
+                # It may have been killed between its record and this.
+                checkpoint_path(config).unlink(missing_ok=True)
                 return run, True
     if alone and everyone.num_processes == 1:
         train_alone(config, data, report)

@@ -21,7 +21,7 @@ from helpers.training import loop
 from helpers.training.runs import read_run
 from tests.training.short_run import config_for, history_of, run
 
-KILLS = int(os.environ.get("KILLS", 1))  # of each method
+KILLS = int(os.environ.get("KILLS", 1))  # drawn of each method
 KILLED = METHODS if "KILLS" in os.environ else ("head_only", "lora")
 
 # Where a run may be killed: before each of its steps, and before and after all that publishes,
@@ -91,7 +91,8 @@ def test_killed_at_any_moment_a_run_ends_as_if_left_alone(method, chips_folder, 
     code, moments = in_a_process(alone.model_copy(update={"overwrite": True}))
     assert code == 0 and moments > 10
     expected = read_run(alone)
-    for kill_at in random.Random(method).sample(range(1, moments + 1), KILLS):
+    moments_drawn = random.Random(method).sample(range(1, moments + 1), KILLS)
+    for kill_at in dict.fromkeys([moments - 1, *moments_drawn]):  # the last is after the record
         folder = tmp_path / f"killed_{kill_at}"
         shutil.copytree(tmp_path / "before", folder)
         killed = config_for(chips_folder, folder, **options, overwrite=True, resume=True)

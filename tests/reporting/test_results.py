@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -85,12 +86,17 @@ def test_the_readme_is_read_in_minutes():
 
 
 def test_the_headline_follows_its_records(sets):
-    """Another prediction there is another number here."""
-    before = results.methods_table(sets["hurricane_harvey"])
-    changed = results.published()["hurricane_harvey"]
-    run = changed.runs["full", changed.config.seeds[0]]
-    run.predictions.loc[:, "p_damage"] = 1 - run.predictions.p_damage
-    assert results.methods_table(changed) != before
+    """Other predictions there are other numbers here."""
+    data_set = sets["hurricane_harvey"]
+    pair = "full", data_set.config.seeds[0]
+    run = data_set.runs[pair]
+    predictions = run.predictions.assign(p_damage=1 - run.predictions.p_damage)
+    tables = []
+    for shown in (run, replace(run, predictions=predictions)):
+        of_one = replace(data_set)  # nothing computed yet
+        vars(of_one)["runs"] = {pair: shown}
+        tables.append(results.methods_table(of_one))
+    assert tables[0] != tables[1]
 
 
 def test_every_method_of_the_published_comparison_has_its_seeds(sets):

@@ -162,14 +162,11 @@ ROWS = [
     # Data
     Fault("no data", None, F, ("data_path: data does not exist",)),
     Fault("probe: no data", None, PROBE, ("data_path: data does not exist",)),
-    Fault("classes called none and nan", labels("none", "nan"), F, ("wrote",), 0),
     Fault("the class none", labels("none", "NA"), f"{F} --positive_class none", ("wrote",), 0),
     Fault("leakage", one_image_in_two_splits, F, ("WARNING: leakage: 2 chips are byte-iden",), 0),
     Fault("probe: leakage", one_image_in_two_splits, PROBE, ("WARNING: leakage: 2 chips",), 0),
     Fault("a chip that cannot be read", one_unreadable, f"{F} {SKIP}",
           ("WARNING: 1 unreadable",), 0),
-    Fault("probe: a chip that cannot be read", one_unreadable, f"{PROBE} {SKIP}",
-          ("WARNING: 1 unread",), 0),
     # Weights
     Fault("pickled weights", trap("w.pth"), f"{F} --weights w.pth", ("w.pth",)),
     Fault("probe: pickled weights", trap("w.pth"), f"{PROBE} --weights w.pth", ("w.pth",)),
@@ -182,12 +179,10 @@ ROWS = [
         f"{F} --learning_rates 0.3",
         ("run_name: trial is a finished run", "learning_rates was", "overwrite"),
     ),
-    Fault("replaced where asked", after(F), f"{F} --seed 1 --overwrite", ("wrote",), 0),
     Fault("a run on other data", after(F), f"{F} --bands 0 1", ("data_fingerprint was",)),
     Fault("a record of something else", after(F, lambda runs: (runs / RECORD).write_text("{}")), F,
           ("trial.json: not a record of this project",)),
     Fault("a record cut off", after(F, truncated(RECORD)), F, ("not a record of this project",)),
-    Fault("a finished run read", after(L), f"{L} --resume", ("read runs",), 0),
     Fault("its adapter altered: trained anew", after(L, other_adapter), f"{L} --resume", ("wrote",),
           0),
     # Checkpoints

@@ -153,9 +153,8 @@ def training(report: Report, plan: Plan, data: ChipData, limits: dict) -> None:
     """Steps of every method, precision and size; the first size most."""
     first = plan.sizes[0]
     cases = [(*size, "lora", plan.precisions[0], False, None) for size in plan.sizes]
-    if "adapted_blocks" in RunConfig.model_fields:  # the last quarter, on cached tokens
-        depth = len(_built(*first, "example").backbone.blocks)
-        cases.insert(1, (*first, "lora", plan.precisions[0], False, max(1, depth // 4)))
+    quarter = len(_built(*first, "example").backbone.blocks) // 4  # the last, on cached tokens
+    cases.insert(1, (*first, "lora", plan.precisions[0], False, quarter))
     cases += [(*first, method, plan.precisions[0], False, None) for method in ("dora", "full")]
     cases += [(*first, "lora", precision, False, None) for precision in plan.precisions[1:]]
     if plan.compiles:
@@ -184,10 +183,9 @@ def training(report: Report, plan: Plan, data: ChipData, limits: dict) -> None:
 
 def configured(plan: Plan, backbone, size, method, precision, blocks, **changes) -> RunConfig:
     """A run with random weights on the embedded chips."""
-    options = {"adapted_blocks": blocks} if blocks else {}
     return RunConfig.checked(
         backbone=backbone, image_size=size, method=method, precision=precision, weights="random",
-        head_input="cls", device=plan.device, **options, **changes,
+        head_input="cls", device=plan.device, adapted_blocks=blocks, **changes,
     )  # fmt: skip
 
 

@@ -62,8 +62,8 @@ class Report:
         with written_whole(self.folder / f"gpu_{table}.csv") as part:
             pd.DataFrame(rows).to_csv(part, index=False, float_format="%.5g")
         torch.compiler.reset()
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
 
 

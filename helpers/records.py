@@ -206,7 +206,8 @@ def environment() -> dict:
             "cpu_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            # Of a process that uses one: to ask for the name takes 500 MB of a GPU's memory.
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         },
     }
 

@@ -202,7 +202,7 @@ def environment() -> dict:
         "packages": {name: version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cpu_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "memory_bytes": psutil.virtual_memory().total,
@@ -221,7 +221,8 @@ def _git_commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the machine calls its processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

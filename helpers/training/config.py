@@ -16,6 +16,7 @@ from helpers.models.architectures import BACKBONE_HELP, backbone_label
 from helpers.models.backbones import build_backbone
 from helpers.models.classifier import HEAD_INPUTS
 from helpers.records import check_plain_name
+from helpers.training.precision import fastest, step_seconds
 
 _ADAPTED = {"epochs": 12, "patience": 4, "batch_size": 32, "learning_rate": 1e-3}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ class TrainingConfig(Places, DataConfig):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="of lora, dora, full; auto: bf16 where it is faster (GPU, AMX), else fp32",
+        description="of lora, dora, full; auto: the fastest of a few timed steps",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="of lora, dora, full: gradient clipping")
     class_weights: Literal["equal", "balanced"] = Field(
@@ -181,18 +182,35 @@ class RunConfig(TrainingConfig):
         """
         if self.method == "head_only":
             return "no"
-        on_gpu = self.torch_device == "cuda"
-        cpu = torch.cpu.get_capabilities()
-        amx = cpu.get("amx_bf16", False)
-        has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else amx or cpu.get("avx512_bf16")
-        if self.precision == "auto":
-            # AVX-512 BF16 alone made training slower than fp32 (0.6 times, ViT-Ti at 98 px).
-            return "bf16" if has_bf16 and (on_gpu or amx) else "no"
-        if self.precision == "fp16" and not on_gpu:
+        precision, available = self.precision, self._precisions()
+        if precision == "auto":
+            seconds = self.precision_seconds()
+            precision = fastest(seconds) if seconds else "fp32"
+        if precision == "fp16" and precision not in available:
             raise InputError("precision: fp16 needs a GPU; use bf16, fp32 or auto")
-        if self.precision == "bf16" and not has_bf16:
+        if precision not in available:
             raise InputError(f"precision: this {self.torch_device} has no bf16; use fp32 or auto")
-        return "no" if self.precision == "fp32" else self.precision
+        return "no" if precision == "fp32" else precision
+
+    def _precisions(self) -> list[str]:
+        """What the device computes in without emulating it, fp32 first."""
+        cpu = torch.cpu.get_capabilities()
+        if self.torch_device == "cuda":
+            return ["fp32", *["bf16"] * torch.cuda.is_bf16_supported(), "fp16"]
+        return ["fp32", *["bf16"] * bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))]
+
+    def precision_seconds(self) -> dict[str, float]:
+        """Seconds of a training step in each precision here; empty where there is but one."""
+        return step_seconds(
+            self.backbone,
+            self.image_size,
+            len(self.bands or (0, 1, 2)),
+            self.lora_targets,
+            self.batch_size,
+            self.torch_device,
+            self._precisions(),
+            self.cache_path,
+        )
 
     @property
     def features_precision(self) -> str:

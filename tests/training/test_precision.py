@@ -1,0 +1,87 @@
+"""`precision: auto` takes what a few timed steps show to be faster."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.training import precision
+from helpers.training.config import RunConfig
+from helpers.training.precision import fastest, measured, step_seconds
+
+ARGUMENTS = ("example", 28, 3, ("qkv",), 4, "cpu", ["fp32", "bf16"])
+
+
+class FakeSteps:
+    """Steps on a clock of its own; the first in a precision takes longer."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.now, self.steps = seconds, 0.0, []
+
+    def __call__(self, precision):
+        first = precision not in self.steps
+        self.steps.append(precision)
+        self.now += self.seconds[precision] * (1.5 if first else 1)
+
+    def measured(self):
+        return measured(self, list(self.seconds), clock=lambda: self.now)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({"fp32": 0.05, "bf16": 0.03}, "bf16"),
+        ({"fp32": 0.05, "bf16": 0.06}, "fp32"),
+        ({"fp32": 0.05, "bf16": 0.049}, "fp32"),  # noise
+        ({"fp32": 0.05, "bf16": 0.03, "fp16": 0.02}, "fp16"),
+        ({"fp32": 0.05}, "fp32"),
+    ],
+)
+def test_the_faster_is_taken(seconds, expected):
+    steps = FakeSteps(**seconds)
+    found = steps.measured()
+    assert found == pytest.approx(seconds)
+    assert fastest(found) == expected
+    assert steps.now < 1.5
+
+
+def test_a_precision_that_is_emulated_is_given_up_after_one_step():
+    steps = FakeSteps(fp32=0.05, bf16=1.0)
+    assert steps.measured() == pytest.approx({"fp32": 0.05})
+    assert steps.steps.count("bf16") == 1
+
+
+def test_slow_steps_end_after_one_round():
+    steps = FakeSteps(fp32=2.0, bf16=3.0)
+    assert set(steps.measured()) == {"fp32", "bf16"}
+    assert len(steps.steps) == 5
+
+
+def test_the_measurement_is_kept_by_machine_and_size(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(step, precisions):
+        step("fp32")
+        step("bf16")
+        calls.append(precisions)
+        return {"fp32": 2.0, "bf16": 1.0}
+
+    monkeypatch.setattr(precision, "measured", fake)
+    state = torch.random.get_rng_state()
+    for _ in range(2):
+        assert step_seconds(*ARGUMENTS, str(tmp_path)) == {"fp32": 2.0, "bf16": 1.0}
+    assert len(calls) == 1 and torch.equal(torch.random.get_rng_state(), state)
+    step_seconds("example", 42, *ARGUMENTS[2:], str(tmp_path))
+    assert len(calls) == 2 and len(json.loads((tmp_path / "precision.json").read_text())) == 2
+    (tmp_path / "precision.json").write_text('{"a": 1}')
+    step_seconds(*ARGUMENTS, str(tmp_path))
+    assert len(calls) == 3
+
+
+def test_auto_is_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    config = RunConfig.checked(method="lora", device="cpu", cache_path=str(tmp_path))
+    for seconds, expected in ((1.0, "bf16"), (3.0, "fp32")):
+        monkeypatch.setattr(precision, "measured", lambda *_, s=seconds: {"fp32": 2.0, "bf16": s})
+        assert config.resolved().precision == expected
+        (tmp_path / "precision.json").unlink()

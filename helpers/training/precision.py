@@ -17,6 +17,8 @@ from helpers.models.classifier import Classifier, ClassifierConfig
 from helpers.records import cpu_name, write_json
 from helpers.training.processes import processes
 
+MEASUREMENTS = "precision.json"  # in the cache
+
 _BLOCKS = 2  # all blocks of a ViT are alike, so two tell the ratio
 _STEP_SECONDS = 0.05  # of fp32 that the images of a step may take
 _BUDGET_SECONDS = 1.0  # for all steps after the first ones
@@ -98,7 +100,7 @@ def step_seconds(
         f"{machine}; {torch.get_num_threads()} threads; torch {torch.__version__}; {backbone}; "
         f"{image_size} px; {batch_size} images; {', '.join(precisions)}"
     )
-    file, found = Path(cache_path) / "precision.json", None
+    file, found = Path(cache_path) / MEASUREMENTS, None
     everyone = processes(device)
     if everyone.is_main_process:
         entries = _entries(file)

@@ -50,9 +50,10 @@ def train_alone(config: RunConfig, data: ChipData, report: Callable[[str], None]
     cache = config.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     config.resolved()  # measures `precision: auto` where it must be, so that all methods share it
-    with suppress(FileNotFoundError):
+    measurements = Path(config.cache_path, MEASUREMENTS)
+    if measurements.is_file():
         cache.mkdir(parents=True)
-        shutil.copy(Path(config.cache_path, MEASUREMENTS), cache)
+        shutil.copy(measurements, cache)
     arguments = (sender, config.model_copy(update={"cache_path": str(cache)}), data)
     process = context.Process(target=_train, args=(*arguments, torch.get_num_threads()))
     failure = None

@@ -27,10 +27,20 @@ FORMATS = {
     ".npy": ".npy array of numbers (objects are never unpickled)",
 }
 MAX_VALUES = 200_000_000  # of one TIFF; a small file can claim any size. Pillow has its own limit
+_BEGINNINGS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG": ".png",
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ".tif"),
+    b"\x93NUMPY": ".npy",
+}
 MOST_CHANNELS = 4  # a last axis of so few, after two of at least twice as many, holds the bands
 
 # A chip cut out of a scene often carries no coordinates, and none are needed here.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+
+class TooLargeError(InputError):
+    """An image of more pixels than its reader takes."""
 
 
 @dataclass(frozen=True)
@@ -102,38 +112,68 @@ def read_stored(path: Path) -> StoredChip:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot be opened ({error.strerror})") from error
+    return decode(data, suffix)
+
+
+def suffix_of(data: bytes) -> str:
+    """The suffix that a file of these bytes has; InputError if they begin like none we read."""
+    for beginning, suffix in _BEGINNINGS.items():
+        if data.startswith(beginning):
+            return suffix
+    if not data:
+        raise InputError("empty (0 bytes)")
+    raise InputError(f"is not one of {', '.join(dict.fromkeys(FORMATS.values()))}")
+
+
+def decode(data: bytes, suffix: str, max_values: int | None = None) -> StoredChip:
+    """Read what the bytes of a file hold, in the format of its suffix.
+
+    Raises:
+        TooLargeError: its header says more values (height x width x bands) than `max_values`, or
+            than MAX_VALUES or Pillow take; nothing was decoded then.
+        InputError: it cannot be read, and why.
+    """
     if not data:
         raise InputError("empty file (0 bytes)")
     try:
-        stored = _decode(data, suffix)
+        stored = _decode(data, suffix, max_values)
+    except TooLargeError:
+        raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"too large for a chip ({error})") from error
+        raise TooLargeError(f"too large for a chip ({error})") from error
     except Exception as error:  # on damaged bytes the decoders raise errors of almost any type
         raise InputError(f"damaged, cut off, or not a {FORMATS[suffix]}") from error
     _check_values(stored)
     return stored
 
 
-def _decode(data: bytes, suffix: str) -> StoredChip:
+def _decode(data: bytes, suffix: str, max_values: int | None) -> StoredChip:
     if suffix == ".npy":
+        # No larger than its bytes: a header that claims more is an error.
         return StoredChip(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False), data)
     if suffix in (".tif", ".tiff"):
-        return _decode_raster(data, "GTiff")
+        return _decode_raster(data, "GTiff", max_values)
     if data.startswith(b"\x89PNG") and data[24:25] == b"\x10":
-        return _decode_raster(data, "PNG")  # Pillow would cut 16-bit colour down to 8 bits
+        # Pillow would cut 16-bit colour down to 8 bits
+        return _decode_raster(data, "PNG", max_values)
     with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        _check_size(image.width * image.height * len(image.getbands()), max_values)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in ("L", "RGB", "RGBA"):  # grey with alpha, palette, 1 bit, CMYK
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         return StoredChip(np.atleast_3d(np.array(image)).transpose(2, 0, 1), data)
 
 
-def _decode_raster(data: bytes, driver: str) -> StoredChip:
+def _check_size(values: int, max_values: int | None) -> None:
+    if max_values is not None and values > max_values:
+        raise TooLargeError(f"too large for a chip ({values:,} values)")
+
+
+def _decode_raster(data: bytes, driver: str, max_values: int | None) -> StoredChip:
     """Read from memory with one named GDAL driver: no side-car files, no format guessing."""
     with rasterio.MemoryFile(data) as memory, memory.open(driver=driver) as raster:
         size = raster.width * raster.height * raster.count
-        if size > MAX_VALUES:
-            raise Image.DecompressionBombError(f"{size:,} values")
+        _check_size(size, MAX_VALUES if max_values is None else min(max_values, MAX_VALUES))
         area = Window(0, 0, raster.width, raster.height)
         check_deflate(raster, area, lambda n, offset: data[offset : offset + n])
         values, missing = raster.read(), None

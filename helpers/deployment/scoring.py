@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from helpers import InputError
 from helpers.config import Config
 from helpers.console import progress_bar
-from helpers.data.chips import FORMATS, check_bands, filled, read_stored
+from helpers.data.chips import FORMATS, StoredChip, check_bands, filled, read_stored
 from helpers.data.dataset import resize
 from helpers.data.scenes import SUFFIXES, open_raster
 from helpers.deployment.runtimes import Predict, Variant, load, torch_predict
@@ -39,12 +39,28 @@ SCENE_SIDE = 2  # a TIFF with a side of so many training chips or more is a scen
 _SUFFIXES = (".csv", ".parquet", ".tif", ".png", ".json")  # of results
 
 
-class PredictConfig(Config):
-    """Everything that decides a prediction."""
+class ModelConfig(Config):
+    """A trained classifier, and how its logits become answers."""
 
     model_path: str = Field(
         description="a model_final.safetensors, an adapter folder, or the JSON of a built variant"
     )
+    threshold: str = Field(
+        "0.5", description="of the positive class: a number, f1, or recall=0.95 (validation split)"
+    )
+    error_rate: float | None = Field(
+        None, gt=0, lt=1, description="share of wrong answers; others are `unsure` (conformal)"
+    )
+    temperature: PositiveFloat | None = Field(
+        None, description="of the probabilities; the validation split's by default, else 1"
+    )
+    threads: PositiveInt | None = Field(None, description="of one prediction; all cores by default")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+
+
+class PredictConfig(ModelConfig):
+    """Everything that decides a prediction."""
+
     input: str = Field(
         description="a chip, a folder, a CSV with img_path, a glob, a scene (GeoTIFF, COG, VRT)"
     )
@@ -64,22 +80,11 @@ class PredictConfig(Config):
     min_data: float = Field(
         0.5, gt=0, le=1, description="share of a cell and of its window that must have data"
     )
-    threshold: str = Field(
-        "0.5", description="of the positive class: a number, f1, or recall=0.95 (validation split)"
-    )
-    error_rate: float | None = Field(
-        None, gt=0, lt=1, description="share of wrong answers; others are `unsure` (conformal)"
-    )
-    temperature: PositiveFloat | None = Field(
-        None, description="of the probabilities; the validation split's by default, else 1"
-    )
     on_unreadable: Literal["skip", "error"] = Field(
         "skip", description="chips that cannot be read: list them, or stop"
     )
     overwrite: bool = Field(False, description="replace results that are there")
     batch_size: PositiveInt = Field(32, description="windows or chips per prediction")
-    threads: PositiveInt | None = Field(None, description="of one prediction; all by default")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,19 @@ class Scorer:
 
     def logits(self, chips: np.ndarray) -> np.ndarray:
         """Square chips (N, bands, S, S) of the classifier's size -> finite logits (N, classes)."""
-        logits = self.logits_of(chips)
+        return self.finite(self.logits_of(chips))
+
+    def finite(self, logits: np.ndarray) -> np.ndarray:
+        """The same logits; raises InputError for NaN or infinity among them."""
         if not np.isfinite(logits).all():
             raise InputError(f"{self.name}: answers with NaN or infinity; use another form of it")
         return logits
+
+    def prepared(self, stored: StoredChip) -> np.ndarray:
+        """A stored chip as `logits` takes several; InputError if a band of it has no data."""
+        chip = filled(stored, self.classifier.bands)
+        chip = chip if chip.dtype == np.uint8 else chip.astype(np.float32)
+        return self.fitted(chip[None])[0]
 
     def fitted(self, chips: np.ndarray) -> np.ndarray:
         """Chips (N, bands, H, W) of any size as `logits` takes them, resized as in training."""
@@ -172,7 +186,7 @@ def open_model(path: str | Path, threads: int | None = None, device: str = "auto
     return Scorer(path.name, config, logits_of, digest.hexdigest(), predictions)
 
 
-def answer_rule(scorer: Scorer, config: PredictConfig) -> AnswerRule:
+def answer_rule(scorer: Scorer, config: ModelConfig) -> AnswerRule:
     """How logits become answers, from the parameters and the run's validation split.
 
     Raises:
@@ -370,11 +384,9 @@ def _chip_batches(
             return unreadable(path, error)
         scorer.check_pixels(str(path), len(stored.values), str(stored.values.dtype))
         try:
-            chip = filled(stored, scorer.classifier.bands)
+            return scorer.prepared(stored)
         except InputError as error:
             return unreadable(path, error)
-        chip = chip if chip.dtype == np.uint8 else chip.astype(np.float32)
-        return scorer.fitted(chip[None])[0]
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(inputs.paths), config.batch_size):

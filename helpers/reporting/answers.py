@@ -199,7 +199,7 @@ def cost_answer(costs: pd.DataFrame, hours: pd.Series, record: dict) -> str:
         record: of a run on the machine that took the times.
     """
     machine = record["environment"]["machine"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['torch_threads']} thread(s)"
+    where = machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}"
     parts = [
         f"{method} {hours[method]:.1f} hours"
         + (" in all" if method == "head_only" else " an epoch")
@@ -258,8 +258,8 @@ def deployment_sentence(benchmark: Benchmark) -> str:
     if len(copies):
         best = copies.loc[copies.images_per_s.idxmax()]
         load += (
-            f" Best layout for throughput: {best.processes} process(es) of {best.threads_each} "
-            f"thread(s) each, {best.images_per_s:.0f} images/s."
+            f" Best layout for throughput (processes x threads): {best.processes} x "
+            f"{best.threads_each}, {best.images_per_s:.0f} images/s."
         )
     machine = environment()["machine"]
     return (

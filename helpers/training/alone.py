@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from helpers.console import doing, one_line, progress_bar
 from helpers.data.dataset import ChipData
 from helpers.training.config import RunConfig
 from helpers.training.methods import train
+from helpers.training.precision import MEASUREMENTS
 from helpers.training.runs import save_run
 
 _SECONDS_TO_END = 20  # for a process that was told to, before it is killed
@@ -47,6 +49,11 @@ def train_alone(config: RunConfig, data: ChipData, report: Callable[[str], None]
     receiver, sender = context.Pipe(duplex=False)
     cache = config.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
+    config.resolved()  # measures `precision: auto` where it must be, so that all methods share it
+    measurements = Path(config.cache_path, MEASUREMENTS)
+    if measurements.is_file():
+        cache.mkdir(parents=True)
+        shutil.copy(measurements, cache)
     arguments = (sender, config.model_copy(update={"cache_path": str(cache)}), data)
     process = context.Process(target=_train, args=(*arguments, torch.get_num_threads()))
     failure = None

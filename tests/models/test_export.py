@@ -9,15 +9,19 @@ import torch
 
 from helpers.models.export import export_onnx
 from tests.models.common import random_chips
-from tests.models.parity import tiny_classifier
+from tests.models.parity import TINY, tiny_classifier
 
 # Rounding of fp32 in another order; measured up to 2e-6 on logits of size 0.1.
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("model", ["dinov2_reg4", "giant", "dinov3", "plus"])
-def test_onnx_and_openvino_agree_with_eager(model, tmp_path):
-    classifier = tiny_classifier(None, model, head_input="4xcls+mean")
+# One block of every family; of one the last four, as the largest head input wants them.
+CASES = [(model, 1, "cls+mean") for model in TINY] + [("dinov3", 4, "4xcls+mean")]
+
+
+@pytest.mark.parametrize(("model", "depth", "head_input"), CASES)
+def test_onnx_and_openvino_agree_with_eager(model, depth, head_input, tmp_path):
+    classifier = tiny_classifier(None, model, depth=depth, head_input=head_input)
     size = classifier.config.image_size
     path = export_onnx(classifier, tmp_path / "model.onnx")
     assert not {"If", "Loop"} & {node.op_type for node in onnx.load(path).graph.node}

@@ -59,18 +59,20 @@ def tiny_architectures(depth=5):
         yield
 
 
-def empty_backbone(image_size=None, model="dinov2", **options):
+def empty_backbone(image_size=None, model="dinov2", depth=5, **options):
     """A backbone of the reference's shape with random weights."""
-    with tiny_architectures():
+    with tiny_architectures(depth):
         return build_backbone(TINY[model], image_size, **options).eval()
 
 
-def tiny_classifier(image_size=None, model="dinov2", classes=("no_tree", "tree"), **config):
-    """A classifier on a reference model."""
+def tiny_classifier(
+    image_size=None, model="dinov2", classes=("no_tree", "tree"), depth=5, **config
+):
+    """A classifier on a reference model, of fewer than its five blocks with random weights."""
     image_size = image_size or 2 * architecture(TINY[model]).patch
     torch.manual_seed(0)
-    backbone = empty_backbone(image_size, model)
-    if model in MODELS:
+    backbone = empty_backbone(image_size, model, depth)
+    if model in MODELS and depth == 5:
         load_backbone_weights(backbone, published(model), model)
     fields = {"bands": (0, 1, 2), **config}
     config = ClassifierConfig(TINY[model], "random", image_size, classes=classes, **fields)

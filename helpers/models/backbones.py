@@ -230,7 +230,7 @@ def _filtered_by_timm(backbone: Backbone, state: dict, source: str) -> dict[str,
     """The state dict of a model that only timm knows, as timm itself would load it, less heads."""
     module = eva if isinstance(backbone, eva.Eva) else vision_transformer
     try:
-        state = module.checkpoint_filter_fn(state, backbone)
+        state = module.checkpoint_filter_fn(_timm_layout(state), backbone)
     except Exception as error:  # of a file of another architecture, anything
         raise InputError(
             f"{source}: these weights are not of this architecture ({error})"

@@ -96,7 +96,8 @@ def test_every_method_trains_there_and_ends_on_the_cpu(gpu, config, data, method
 
 @pytest.mark.parametrize("free, place", [(10**9, "cuda"), (1, "cpu")])
 def test_chips_lie_on_the_gpu_where_it_holds_them(config, data, classifiers, free, place):
-    parameters = config.model_dump(exclude={"learning_rate"}) | {"method": "lora", "augment": True}
+    parameters = config.model_dump(exclude={"learning_rate"})
+    parameters |= {"method": "lora", "augment": True, "precision": "fp32"}
     with fake_gpu(free), tiny_architectures():
         loop: Loop = training_loop(RunConfig.checked(**parameters), data)
         assert loop.train.values.device.type == place

@@ -9,6 +9,7 @@ import pytest
 from helpers.deployment.scoring import answer_rule, open_model
 from tests.deployment.test_scoring import CLASSES, PROVENANCE, make_classifier
 from tests.fake_data import make_chip, write_chip
+from tests.fake_weights import tiny  # noqa: F401  a fixture
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
@@ -19,7 +20,7 @@ from helpers.models.files import save_classifier
 
 
 @pytest.fixture(scope="module")
-def scorer(tmp_path_factory):
+def scorer(tmp_path_factory, tiny):  # noqa: F811
     path = tmp_path_factory.mktemp("run") / "model_final.safetensors"
     return open_model(save_classifier(make_classifier(), path, PROVENANCE), threads=1)
 

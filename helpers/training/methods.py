@@ -119,9 +119,11 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
         adapter = transfer_adapter(model.cpu(), classifier)
         classifier = merge_adapter(copy.deepcopy(adapter))
     classifier = classifier.to(accelerator.device).float()
+    if not isinstance(valid, ChipExamples):  # tokens: of the chips nothing is decoded yet
+        valid = split_chips(config, data, "valid")
+    examples = {"valid": valid, "test": split_chips(config, data, "test")}
     probabilities = {
-        split: predict(classifier, split_chips(config, data, split), 64, accelerator)[0]
-        for split in ("valid", "test")
+        split: predict(classifier, chips, 64, accelerator)[0] for split, chips in examples.items()
     }
     candidate = pd.DataFrame(
         {name: [getattr(config, name)] for name in ("head_input", "learning_rate", "weight_decay")}

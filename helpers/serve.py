@@ -40,7 +40,7 @@ def serve(config: ServerConfig) -> None:
     token = read_token()
     listening = _listening(config.host, config.port)
     scorer = open_model(config.model_path, config.threads, config.device)
-    batches = Batches(scorer.logits, config.batch_size)
+    batches = Batches(scorer.logits_of, config.batch_size)
     app = create_app(config, scorer, answer_rule(scorer, config), batches.logits_of, token)
     host, port = listening.getsockname()[:2]
     print(f"serving {scorer.name} at http://{host}:{port}; Ctrl-C ends it", flush=True)

@@ -15,12 +15,10 @@ from fastapi.responses import JSONResponse
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
-    CollectorRegistry,
     Counter,
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import Field, PositiveInt
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -32,7 +30,6 @@ from helpers.deployment.scoring import ModelConfig, Scorer
 from helpers.evaluation.calibration import UNSURE, AnswerRule
 
 TOKEN = "SERVE_TOKEN"  # environment variable
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # its client adds up over processes there, if it is set
 RETRY_AFTER = "1"  # seconds; a queue of default length is worked off within that
 
 LogitsOf = Callable[[np.ndarray], Awaitable[np.ndarray]]
@@ -147,11 +144,7 @@ def create_app(
 
     @app.get("/metrics", **protected)
     def metrics() -> Response:
-        registry = REGISTRY
-        if METRICS_FOLDER in os.environ:
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry)
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

@@ -72,8 +72,7 @@ def map_figure(scene: Path, bands: tuple[int, ...], map_path: Path) -> Figure:
     if names[-1] == "unsure":
         share = unsure.sum() / max(1, (classes != NODATA).sum())
         handles.append(Patch(facecolor=_UNSURE, label=f"unsure ({share:.0%})"))
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False,
-                ncols=min(4, len(handles)))  # fmt: skip
+    _legend_below(axes, handles)
     _scale_bar(axes, metres)
     axes.annotate("N", (0.96, 0.97), (0.96, 0.87), "axes fraction", ha="center", va="bottom",
                   arrowprops={"arrowstyle": "-|>", "color": "white", "lw": 2},
@@ -119,8 +118,7 @@ def judged_figure(
     for axis in axes:  # after geopandas, which writes the names of the coordinates there
         axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], xlabel="", ylabel="")
     axes[1].set_title("What the map says of cells whose ground is clear")
-    axes[1].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False,
-                   ncols=3)  # fmt: skip
+    _legend_below(axes[1], handles)
     return figure
 
 
@@ -155,6 +153,11 @@ def error_figure(
             axis.set_title(f"{cell['class']} {cell.p:.2f}\npeople: {cell.cover:.0%} covered",
                            fontsize=8)  # fmt: skip
     return figure
+
+
+def _legend_below(axes: Axes, handles: list[Patch]) -> None:
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False,
+                ncols=min(4, len(handles)))  # fmt: skip
 
 
 def _read(

@@ -79,7 +79,7 @@ def written_whole_folder(folder: str | Path) -> Iterator[Path]:
     two folders in one step, a crash may leave it away until `heal` is called on its parent.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise NotADirectoryError(errno.ENOTDIR, "is a file where a folder shall be", str(folder))
     part = _beside(folder, "part")
     part.mkdir()
@@ -156,9 +156,12 @@ def _publish(part: Path, folder: Path) -> None:
                 if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                     raise
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        came = not part.exists()
+        if not came:
+            with suppress(OSError):  # nothing was moved aside, or another writer's folder came
+                old.rename(folder)
+        if came or folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

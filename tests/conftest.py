@@ -1,4 +1,11 @@
-"""What every test run prints besides pytest's own words."""
+"""What every test run does besides pytest's own work."""
+
+import signal
+
+
+def pytest_configure():
+    """Let Ctrl-C interrupt, also in a job in the background, where a shell has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter):

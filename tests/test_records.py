@@ -153,6 +153,27 @@ def test_a_folder_that_cannot_come_leaves_the_old_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
 
 
+def test_a_folder_that_came_meanwhile_is_not_pushed_aside(tmp_path, monkeypatch):
+    """The second of two renames fails, and another writer is first to fill the gap."""
+    write_folder(tmp_path / "adapter", "old")
+    monkeypatch.setattr(records, "_exchange", lambda one, other: False)
+    rename = records.Path.rename
+
+    def late(path, target):
+        if ".part" in path.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        if path.name.endswith(".old"):
+            target.mkdir()
+            (target / "0.txt").write_text("theirs")
+        return rename(path, target)
+
+    monkeypatch.setattr(records.Path, "rename", late)
+    with pytest.raises(PermissionError):
+        write_folder(tmp_path / "adapter", "new")
+    assert texts(tmp_path / "adapter") == {"theirs"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
+
+
 def test_a_file_where_a_folder_shall_be_is_left_alone(tmp_path, file_system):
     (tmp_path / "adapter").write_text("a file")
     with pytest.raises(NotADirectoryError, match="adapter"):

@@ -89,6 +89,7 @@ def train_alone(config: RunConfig, data: ChipData, report: Callable[[str], None]
 def _train(sender: Connection, config: RunConfig, data: ChipData, threads: int) -> None:
     """What the process does; all it has to say goes through the pipe."""
     os.setsid()  # Ctrl-C at the terminal is for the process that waits for this one
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     torch.set_num_threads(threads)
     lock, done = threading.Lock(), threading.Event()
 

@@ -50,7 +50,10 @@ def test_fault(fault, tmp_path, monkeypatch, capfd, recwarn):
     if fault.patch:
         monkeypatch.setattr(*fault.patch)
     capfd.readouterr()
-    previous = signal.signal(signal.SIGALRM, hangs)
+    previous = {
+        signal.SIGALRM: signal.signal(signal.SIGALRM, hangs),
+        signal.SIGINT: signal.getsignal(signal.SIGINT),  # ignored after an interrupt
+    }
     signal.alarm(SECONDS)
     try:
         console.run_command(main)
@@ -59,7 +62,8 @@ def test_fault(fault, tmp_path, monkeypatch, capfd, recwarn):
         code = stop.code
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     out, err = capfd.readouterr()
     assert code == fault.code, out + err
     for words in fault.says:

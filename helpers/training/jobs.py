@@ -48,7 +48,7 @@ def finished(
         report(warning)
     if config.resume:
         with suppress(InputError):  # files of two runs, since publishing was interrupted
-            run = read_run(config.resolved())
+            run = read_run(config)
             if run is not None and run.classifier is not None:
                 # It may have been killed between its record and this.
                 checkpoint_path(config).unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def check_ready(config: RunConfig, data: ChipData) -> None:
             with other parameters, data or weights, unless `overwrite`.
         OSError: a folder cannot be written.
     """
-    config = config.resolved()
+    config.resolved()
     for folder in (config.folder, Path(config.history_path), Path(config.cache_path)):
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from helpers.training import precision
+from helpers import InputError
+from helpers.training import jobs, precision
 from helpers.training.config import RunConfig
 from helpers.training.precision import fastest, measured, step_seconds
+from tests.training.short_run import config_for, run
 
 ARGUMENTS = ("example", 28, 3, ("qkv",), 4, "cpu", ["fp32", "bf16"])
 
@@ -85,3 +87,23 @@ def test_auto_is_what_was_measured(tmp_path, monkeypatch):
         monkeypatch.setattr(precision, "measured", lambda *_, s=seconds: {"fp32": 2.0, "bf16": s})
         assert config.resolved().precision == expected
         (tmp_path / "precision.json").unlink()
+
+
+def test_a_finished_run_stays_finished_when_another_precision_is_measured(
+    chips_folder, tmp_path, monkeypatch
+):
+    def measures(bf16):
+        monkeypatch.setattr(RunConfig, "precision_seconds", lambda _: {"fp32": 1.0, "bf16": bf16})
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    measures(2.0)
+    config = config_for(chips_folder, tmp_path, precision="auto", epochs=1)
+    data = config.data()
+    assert run(config).record["config"]["precision"] == "fp32"
+    measures(0.5)
+    assert config.resolved().precision == "bf16"
+    jobs.check_ready(config, data)
+    resumed = config.model_copy(update={"resume": True})
+    assert jobs.finished(resumed, data, report=lambda line: None)[1], "it was read"
+    with pytest.raises(InputError, match="precision was 'fp32' and is 'bf16'"):
+        jobs.check_ready(config.model_copy(update={"precision": "bf16"}), data)

@@ -257,6 +257,8 @@ sys.argv += ["--method", "head_only", "--run_name", "head", "--learning_rates", 
 finetune.main()
 which = "main" if PartialState().is_main_process else "other"
 Path(__file__).with_name(which).write_text(f"{first} {len(chips) - first} {short}")
+sys.argv += ["--method", "lora", "--run_name", "tokens", "--adapted_blocks", "2"]
+finetune.main()
 """
 
 
@@ -264,7 +266,11 @@ def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
     """Same global batch, gloo on the CPU; dropout off, since processes draw their own."""
     options = {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "augment": True}
     alone = config_for(chips_folder, tmp_path / "one", **options)
+    on_tokens = config_for(
+        chips_folder, tmp_path / "one", **options, run_name="tokens", adapted_blocks=2
+    )
     run(alone)
+    run(on_tokens)
     both = config_for(chips_folder, tmp_path / "two", **options)
     arguments = []
     for name, value in both.model_dump(exclude_defaults=True).items():
@@ -283,9 +289,12 @@ def test_two_processes_give_the_history_of_one(chips_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("processes: 2") == 2, "there must be two"
-    assert result.stdout.count("Test split") == 2, "only the main process reports, of each run"
+    assert result.stdout.count("Test split") == 3, "only the main process reports, of each run"
     # Of three splits one process decodes a chip each, for its shape; then half of those that
     # features are computed of. It lacks memory for five chips of a batch of ten, twice.
     assert re.fullmatch(r"\d{3} 32 \[\]", (tmp_path / "main").read_text())
     assert re.fullmatch(r"\d 32 \[5, 5\]", (tmp_path / "other").read_text())
     pd.testing.assert_frame_equal(history_of(both), history_of(alone), rtol=1e-4, atol=1e-5)
+    assert result.stdout.count("tokens of 10 frozen blocks") == 1
+    both = both.model_copy(update={"run_name": "tokens"})
+    pd.testing.assert_frame_equal(history_of(both), history_of(on_tokens), rtol=1e-4, atol=1e-5)

@@ -104,7 +104,8 @@ class Published:
     def answers(self) -> dict[str, str]:
         """Question -> answer, from the records."""
         shortcuts = self.table("figures/lora_shortcuts.csv")
-        said = answers.comparison_answers(self.config, self.runs, self.draws, shortcuts)
+        by_blocks = comparison.block_runs(self.all_runs, self.config)
+        said = answers.comparison_answers(self.config, self.runs, self.draws, shortcuts, by_blocks)
         return said | {DEPLOYED: answers.form_answer(*self.served)}
 
 
@@ -132,15 +133,14 @@ def rebuild(data_set: Published) -> None:
     curves = comparison.operating_points(data_set.runs)
     reliability = comparison.reliability_rows(data_set.runs)
     headline = comparison.headline_rows(data_set.all_runs, data_set.config)
+    shapes = comparison.by_shape(data_set.all_runs, data_set.config, "accuracy")
     drawn = {
         "lora_curves": plots.method_curves(histories, title),
         "lora_roc_pr": plots.operating_curves(curves, f"Test split, {title}"),
         "lora_reliability": plots.reliability_diagram(reliability, title),
         "lora_headline": plots.headline(headline, title),
+        "lora_ranks": plots.against(shapes, "trainable_parameters", "accuracy", title),
     }
-    if data_set.config.ranks or data_set.config.target_sets:
-        shapes = comparison.by_shape(data_set.all_runs, data_set.config, "accuracy")
-        drawn["lora_ranks"] = plots.against(shapes, "trainable_parameters", "accuracy", title)
     for name, figure in drawn.items():
         plots.save(figure, figures / f"{name}.png")
 
@@ -233,12 +233,12 @@ def shapes_table(data_set: Published) -> str:
     ]
     table = pd.concat(parts)
     lines = []
-    for (targets, rank), rows in table.groupby(["targets", "rank"], sort=False):
+    for (layers, rank), rows in table.groupby(["layers", "rank"], sort=False):
         cells = [
             f"{v.mean():.4f} ({v.min():.4f} to {v.max():.4f})"
             for _, v in rows.groupby("metric").value
         ]
-        lines.append((f"`{targets}`", rank, f"{rows.trainable_parameters.iloc[0]:,}", *cells))
+        lines.append((f"`{layers}`", rank, f"{rows.trainable_parameters.iloc[0]:,}", *cells))
     lines.sort(key=lambda line: int(line[2].replace(",", "")))
     return markdown(("layers", "rank", "trained", "accuracy", "AUROC"), lines)
 

@@ -1,4 +1,4 @@
-"""Several runs side by side: methods, seeds, amounts of data and ranks on the same test images."""
+"""Several runs side by side: methods, seeds, amounts of data and shapes on the same test images."""
 
 import itertools
 import time
@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from helpers import InputError
@@ -26,9 +26,15 @@ from helpers.training.runs import Run, class_probabilities, read_run
 class CompareConfig(ReportConfig, TrainingConfig):
     """Parameters of the method comparison; each run is a RunConfig made from them.
 
-    What is given for adapted blocks, epochs, patience, batch size and learning rate is for lora,
-    dora and full; head_only keeps its own, since its epochs cost nothing.
+    What is given for epochs, patience, batch size and learning rate is for lora, dora and full;
+    head_only keeps its own, since its epochs cost nothing. Full trains all blocks.
     """
+
+    adapted_blocks: PositiveInt | None = Field(
+        6,
+        description="of lora and dora: adapt the last k blocks, on kept tokens of the others; "
+        "None: all",
+    )
 
     methods: tuple[Literal[METHODS], ...] = Field(
         ("head_only", "lora", "dora"), min_length=1, description=f"from {', '.join(METHODS)}"
@@ -43,7 +49,10 @@ class CompareConfig(ReportConfig, TrainingConfig):
     target_sets: tuple[tuple[str, ...], ...] = Field(
         (), description="further runs of lora on these sets of layers"
     )
-    sweep_seeds: int = Field(1, gt=0, description="how many of the seeds ranks and target_sets get")
+    block_counts: tuple[PositiveInt | None, ...] = Field(
+        (None,), description="further runs of lora that adapt the last k blocks, None: all"
+    )
+    sweep_seeds: int = Field(1, gt=0, description="how many of the seeds these further runs get")
     full_seeds: int | None = Field(
         None, gt=0, description="how many of the seeds full gets, all by default"
     )
@@ -56,10 +65,10 @@ class CompareConfig(ReportConfig, TrainingConfig):
         """
         values = self.model_dump(include=set(TrainingConfig.model_fields))
         values |= {"method": method, "seed": seed}
+        if method in ("head_only", "full"):
+            values["adapted_blocks"] = None
         if method == "head_only":
-            values |= dict.fromkeys(
-                ("adapted_blocks", "epochs", "patience", "batch_size", "learning_rate")
-            )
+            values |= dict.fromkeys(("epochs", "patience", "batch_size", "learning_rate"))
             values["head_inputs"] = (self.head_input,)
         run = RunConfig.checked(**values | changes)
         # Another name than that of the head-only run of setup_finetune.
@@ -67,7 +76,7 @@ class CompareConfig(ReportConfig, TrainingConfig):
 
 
 def planned_runs(config: CompareConfig) -> list[RunConfig]:
-    """Every run of the comparison: methods and seeds, shares of the data, ranks and layers."""
+    """Every run of the comparison: methods and seeds, shares of the data, shapes of LoRA."""
     plan = [config.run(method, seed) for method, seed in method_seeds(config)]
     first = config.seeds[0]
     for method, fraction in itertools.product(("head_only", "lora"), config.fractions):
@@ -79,6 +88,10 @@ def planned_runs(config: CompareConfig) -> list[RunConfig]:
         for targets in config.target_sets:
             suffix = f"_targets-{'-'.join(targets)}"
             plan.append(config.run("lora", seed, suffix, lora_targets=targets))
+        for count in config.block_counts:
+            if count != config.adapted_blocks:
+                suffix = f"_blocks{count or '-all'}"
+                plan.append(config.run("lora", seed, suffix, adapted_blocks=count))
     return plan
 
 
@@ -145,6 +158,25 @@ def method_seeds(config: CompareConfig) -> list[tuple[str, int]]:
 def main_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, int], Run]:
     """The runs on all training data with the common rank, by method and seed."""
     return {pair: runs[config.run(*pair).name] for pair in method_seeds(config)}
+
+
+def block_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, int], Run]:
+    """LoRA in the last blocks and in all of them, for the seeds that have both; empty without."""
+    if (
+        "lora" not in config.methods
+        or config.adapted_blocks is None
+        or None not in config.block_counts
+    ):
+        return {}
+    shapes = {
+        f"LoRA in the last {config.adapted_blocks} blocks": {},
+        "LoRA in all blocks": {"suffix": "_blocks-all", "adapted_blocks": None},
+    }
+    return {
+        (name, seed): runs[config.run("lora", seed, **shape).name]
+        for name, shape in shapes.items()
+        for seed in config.seeds[: config.sweep_seeds]
+    }
 
 
 def cost_table(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
@@ -265,7 +297,7 @@ def first_seed(runs: dict[tuple[str, int], Run]) -> dict[str, Run]:
 
 
 def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
-    """One row per run: `method`, `seed`, `rank`, `targets`, `train_fraction`, `train_chips`,
+    """One row per run: `method`, `seed`, `rank`, `layers`, `train_fraction`, `train_chips`,
     `trainable_parameters` and the test metric with its interval."""
     return pd.DataFrame(
         {
@@ -273,7 +305,7 @@ def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
             "method": run.record["method"],
             "seed": run.record["config"]["seed"],
             "rank": run.record["config"]["lora_rank"],
-            "targets": "+".join(run.record["config"]["lora_targets"]),
+            "layers": _layers(run.record["config"]),
             "train_fraction": run.record["config"]["train_fraction"],
             "train_chips": run.record["chips"]["train"],
             "trainable_parameters": run.record["parameters"]["trainable"],
@@ -283,11 +315,16 @@ def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
     )
 
 
+def _layers(config: dict) -> str:
+    """The adapted layers of a run's parameters in words, such as `qkv+proj in 6 blocks`."""
+    return f"{'+'.join(config['lora_targets'])} in {config.get('adapted_blocks') or 'all'} blocks"
+
+
 def by_training_chips(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:
     """Rows of `sweep_rows` for head_only and lora at every training-set size, first seed."""
     rows = sweep_rows(runs, metric)
-    common = (rows["rank"] == config.lora_rank) & (rows.targets == "+".join(config.lora_targets))
-    return rows[common & rows.method.isin(["head_only", "lora"]) & (rows.seed == config.seeds[0])]
+    common = [config.run(method, config.seeds[0]).name for method in ("head_only", "lora")]
+    return rows[rows.run.str.replace(r"_fraction[\de.-]+$", "", regex=True).isin(common)]
 
 
 def headline_rows(runs: dict[str, Run], config: CompareConfig) -> pd.DataFrame:
@@ -310,7 +347,7 @@ def by_shape(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.Dat
     """
     rows = sweep_rows(runs, metric).query("method == 'lora' & train_fraction == 1")
     rows = rows[rows.seed.isin(config.seeds[: config.sweep_seeds])]
-    return rows.assign(method="LoRA on " + rows.targets)
+    return rows.assign(method="LoRA on " + rows.layers)
 
 
 def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFrame:

@@ -39,6 +39,7 @@ def comparison_answers(
     runs: dict[tuple[str, int], Run],
     draws: dict[tuple[str, int], Draws],
     shortcuts: pd.DataFrame,
+    by_blocks: dict[tuple[str, int], Run],
 ) -> dict[str, str]:
     """Question -> answer, from the records of a comparison.
 
@@ -47,6 +48,7 @@ def comparison_answers(
         runs: the main runs, by method and seed.
         draws: `test_draws` of each.
         shortcuts: of `robustness.shortcut_check`, on LoRA or the last method that is compared.
+        by_blocks: of `comparison.block_runs`.
     """
     gains = method_gains(runs, draws)
     first = first_seed(runs)
@@ -54,8 +56,10 @@ def comparison_answers(
     said = {}
     if "head_only" in first:
         said["Does training only the head give good results?"] = _head_answer(config, runs, draws)
+    said["Does LoRA improve on it?"] = gain_answer(gains, "head_only", "lora")
+    if by_blocks:
+        said["Would LoRA in all blocks be better?"] = _blocks_answer(by_blocks)
     return said | {
-        "Does LoRA improve on it?": gain_answer(gains, "head_only", "lora"),
         "Is DoRA worth its extra cost?": gain_answer(gains, "lora", "dora"),
         "Does it read the ground, or the acquisition?": f"{shown}: {shortcut_answer(shortcuts)}",
         "Is it as good at every place?": f"{shown}, seed {config.seeds[0]}: "
@@ -64,6 +68,16 @@ def comparison_answers(
             cost_table(runs), full_set_cost(runs).hours_per_pass, first[shown].record
         ),
     }
+
+
+def _blocks_answer(by_blocks: dict[tuple[str, int], Run]) -> str:
+    draws = {pair: test_draws(run.test_predictions) for pair, run in by_blocks.items()}
+    last, every = dict.fromkeys(name for name, _ in by_blocks)
+    seconds = cost_table(by_blocks).seconds_per_epoch
+    return (
+        f"{gain_answer(method_gains(by_blocks, draws), last, every)} An epoch takes "
+        f"{seconds[every] / seconds[last]:.1f} times as long."
+    )
 
 
 def _head_answer(config: TrainingConfig, runs: dict, draws: dict) -> str:

@@ -102,7 +102,7 @@ def test_runs_with_other_parameters_are_not_these_runs(config, trained):
     assert runs.read_run(config.run("lora", 0, lora_alpha=4)) is None
     with pytest.raises(
         InputError,
-        match=r"history: no run compare_head_only_data_example_seed7 .*\(5 of 7 missing\)",
+        match=r"history: no run compare_head_only_data_example_seed7 .*\(6 of 8 missing\)",
     ):
         comparison.read_runs(config.model_copy(update={"epochs": 2, "seeds": (0, 7)}))
 
@@ -134,7 +134,16 @@ def test_sweeps_keep_to_their_seeds_and_share_the_common_shape(config, trained):
     assert set(by_size.seed) == {0} and len(by_size) == 4
     assert set(by_size.train_chips) == {12, 24}
     shapes = comparison.by_shape(trained, config, "auroc")
-    assert sorted(shapes["rank"]) == [1, 4] and set(shapes.method) == {"LoRA on qkv"}
+    found = shapes.groupby("method")["rank"].apply(list).to_dict()
+    assert found == {"LoRA on qkv in 6 blocks": [4, 1], "LoRA on qkv in all blocks": [4]}
+
+
+def test_the_last_blocks_stand_beside_all_of_them(config, trained):
+    pairs = comparison.block_runs(trained, config)
+    assert list(pairs) == [("LoRA in the last 6 blocks", 0), ("LoRA in all blocks", 0)]
+    counts = [run.record["parameters"]["lora"] for run in pairs.values()]
+    assert counts[1] == 2 * counts[0]
+    assert not comparison.block_runs(trained, config.model_copy(update={"block_counts": ()}))
 
 
 def differences(*intervals):

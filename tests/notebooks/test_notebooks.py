@@ -174,7 +174,7 @@ def test_setup_with_other_parameters_on_other_data(tmp_path):
 
 
 def test_lora_with_other_parameters(tmp_path):
-    """Three classes, all four methods on other layers, sweeps of ranks and layers, two epochs."""
+    """Three classes, all four methods on other layers, sweeps of all shapes, two epochs."""
     counts = {"train": 8, "valid": 4, "test": 6}
     manifest_folder(tmp_path / "data", counts=counts, classes=("a", "b", "c"))
     executed = run(
@@ -194,14 +194,12 @@ def test_lora_with_other_parameters(tmp_path):
     )
     records = [json.loads(p.read_text()) for p in (tmp_path / "history").glob("*_seed*.json")]
     counts = Counter(r["method"] for r in records)
-    assert counts == {"head_only": 2, "lora": 4, "dora": 2, "full": 1}
-    shapes = [
-        (r["config"]["lora_rank"], *r["config"]["lora_targets"])
-        for r in records
-        if r["method"] == "lora"
-    ]
-    own = (4, "qkv", "fc1")
-    assert Counter(shapes) == {own: 2, (1, "qkv", "fc1"): 1, (4, "proj"): 1}
+    assert counts == {"head_only": 2, "lora": 5, "dora": 2, "full": 1}
+    configs = [r["config"] for r in records if r["method"] == "lora"]
+    shapes = [(c["adapted_blocks"], c["lora_rank"], *c["lora_targets"]) for c in configs]
+    common = (6, 4, "qkv", "fc1")
+    further = [(None, 4, "qkv", "fc1"), (6, 1, "qkv", "fc1"), (6, 4, "proj")]
+    assert Counter(shapes) == {common: 2} | dict.fromkeys(further, 1)
     figures = {p.name for p in (tmp_path / "figures").glob("*.png")}
     assert figures >= {"lora_curves.png", "lora_ranks.png", "lora_weight_changes.png"}
     render(executed, tmp_path / "page.html")

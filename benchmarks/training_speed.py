@@ -31,11 +31,12 @@ from helpers import InputError
 from helpers.benchmarking.limits import machine_limits
 from helpers.console import progress_bar
 from helpers.data.dataset import ChipData
-from helpers.models.adapters import AdapterSettings, add_adapter
+from helpers.models.adapters import AdapterSettings, add_adapter, first_adapted
 from helpers.records import environment, write_json, written_whole
 from helpers.training.config import RunConfig
-from helpers.training.methods import training_loop
+from helpers.training.methods import training_loop, training_setup
 from helpers.training.setup import new_classifier
+from helpers.training.tokens import FromTokens, bare
 
 # Backbone, weights, pixels, images per step.
 CPU_CASES = (
@@ -80,11 +81,14 @@ def project_loop(config: RunConfig, data: ChipData, compiled: bool) -> Iterator[
 
 
 def step_flops(config: RunConfig, data: ChipData) -> float:
-    """FLOPs of a LoRA training step per image, counted on one small batch."""
-    model = add_adapter(new_classifier(config, data), AdapterSettings())
-    chips = torch.zeros(2, len(data.bands), config.image_size, config.image_size).byte()
+    """FLOPs of a training step per image, of the blocks that it computes, counted on two images."""
+    model, _, _ = training_setup(config.model_copy(update={"precision": "fp32"}), data)
+    inputs = torch.zeros(2, len(data.bands), config.image_size, config.image_size).byte()
+    if block := first_adapted(config.adapted_blocks, len(bare(model).backbone.blocks)):
+        inputs = bare(model).tokens(inputs, block).detach()
+        model = FromTokens(model, block)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(chips).sum().backward()
+        model(inputs).sum().backward()
     return counter.get_total_flops() / 2
 
 

@@ -1,48 +1,82 @@
-"""LoRA and DoRA around a `Classifier`, through PEFT: add, count, merge, transfer, save and load.
+"""Adapters around a `Classifier`, through PEFT: add, count, merge, transfer, save and load.
 
 Apart from `classifier.py`, so that serving a merged classifier does not load PEFT.
 """
 
 import hashlib
 import json
-import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
     LoraConfig,
+    MissConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.optimizers import create_loraplus_optimizer
 from pydantic import ConfigDict, TypeAdapter
 from torch import nn
 
 from helpers import InputError
-from helpers.models.backbones import check_complete, read_state_dict, state_digest, weights_digest
+from helpers.models.backbones import check_complete, read_state_dict, weights_digest
 from helpers.models.classifier import Classifier, create_classifier
 from helpers.models.files import read_record, without_folders
 from helpers.records import written_whole_folder
 
-PEFT_METHODS = {"lora": {}, "dora": {"use_dora": True}}
-"""Method -> what its `LoraConfig` has besides; one entry adds another (`{"use_rslora": True}`)."""
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """How PEFT adapts a layer.
+
+    Args:
+        options: what its configuration has besides rank, scale, dropout and the layers.
+        config: PEFT's class of that configuration.
+        names: field of `AdapterSettings` -> what that class calls it; one that is not here has no
+            meaning for the method.
+        b_rate: learning rate of B, and of biases and magnitudes, in units of that of A.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    config: type[PeftConfig] = LoraConfig
+    names: Mapping[str, str] = field(
+        default_factory=lambda: {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    )
+    b_rate: float = 1.0
+
+
+# Not here: EVA's initialisation, which needs activations of training chips.
+PEFT_METHODS = {
+    "lora": PeftMethod(),  # Hu et al. 2021, arXiv:2106.09685
+    "dora": PeftMethod({"use_dora": True}),  # Liu et al. 2024, arXiv:2402.09353
+    "rslora": PeftMethod({"use_rslora": True}),  # Kalajdzievski 2023, arXiv:2312.03732
+    "pissa": PeftMethod({"init_lora_weights": "pissa"}),  # Meng et al. 2024, arXiv:2404.02948
+    "loraplus": PeftMethod(b_rate=16.0),  # Hayou et al. 2024, arXiv:2402.12354, and their ratio
+    "miss": PeftMethod(  # Kang and Yin 2024, arXiv:2409.15371
+        config=MissConfig, names={"rank": "r", "dropout": "miss_dropout"}
+    ),
+}
+"""One entry adds a method; nothing else asks which one it is."""
 
 METHODS = ("head_only", *PEFT_METHODS, "full")
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """LoRA (Hu et al. 2021, arXiv:2106.09685) or DoRA (Liu et al. 2024, arXiv:2402.09353).
+    """What is adapted, and how.
 
     Args:
         rank: r, width of the low-rank update B @ A.
-        alpha: the update is scaled by alpha / rank.
+        alpha: the update is scaled by alpha / rank (rslora: by alpha over the root of the rank).
         dropout: on the input of A, in training.
         targets: names of linear layers in the blocks, such as qkv, proj, fc1, fc2.
-        method: a name in `PEFT_METHODS`; dora trains the magnitude of each output apart from its
-            direction.
+        method: a name in `PEFT_METHODS`.
         blocks: how many of the backbone's last blocks are adapted; None for all.
     """
 
@@ -82,17 +116,16 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
     first = first_adapted(settings.blocks, len(classifier.backbone.blocks))
     if settings.method not in PEFT_METHODS:
         raise InputError(f"method: {settings.method!r} is none of {', '.join(PEFT_METHODS)}")
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+    method = PEFT_METHODS[settings.method]
+    config = method.config(
+        **{theirs: getattr(settings, ours) for ours, theirs in method.names.items()},
         target_modules=list(settings.targets),
         # In blocks only: the patch embedding's convolution is called proj too.
         layers_to_transform=list(range(first, len(classifier.backbone.blocks))),
         layers_pattern="blocks",
         modules_to_save=["linear_head"],
         bias="none",
-        **PEFT_METHODS[settings.method],
+        **method.options,
     )
     model = get_peft_model(classifier, config)
     model.adapter_settings = settings
@@ -115,16 +148,19 @@ def first_adapted(blocks: int | None, depth: int) -> int:
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, int]:
-    """Numbers of trainable parameters: `lora` (A and B), `magnitude` (DoRA's) and `head`."""
-    kinds = {"lora": "lora_[AB]", "magnitude": "magnitude", "head": "linear_head"}
-    return {
-        kind: sum(
-            p.numel()
-            for name, p in model.named_parameters()
-            if p.requires_grad and re.search(pattern, name)
-        )
-        for kind, pattern in kinds.items()
-    }
+    """Numbers of trainable parameters: `magnitude` (DoRA's), `head`, and `lora`, all others."""
+    counts = {"magnitude": 0, "linear_head": 0, "": 0}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[next(kind for kind in counts if kind in name)] += parameter.numel()
+    return {"lora": counts[""], "magnitude": counts["magnitude"], "head": counts["linear_head"]}
+
+
+def rate_factors(model: PeftModel) -> dict[nn.Parameter, float]:
+    """Trained parameter -> what its learning rate is in units of the run's (LoRA+)."""
+    ratio = PEFT_METHODS[model.adapter_settings.method].b_rate
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio)
+    return {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
 def merge_adapter(model: PeftModel) -> Classifier:
@@ -146,12 +182,21 @@ def transfer_adapter(source: PeftModel, classifier: Classifier) -> PeftModel:
     return target.eval()
 
 
-def save_adapter(model: PeftModel, folder: str | Path, provenance: dict | None = None) -> Path:
+def save_adapter(
+    model: PeftModel, folder: str | Path, base_digest: str, provenance: dict | None = None
+) -> Path:
     """Write an adapter folder in PEFT's format, with what is needed to rebuild its base.
 
     Beside PEFT's files lies `classifier.json`: the base's configuration, the adapter's settings,
     the provenance as in `save_classifier`, and digests of the base's weights and the adapter's.
     The folder appears whole or not at all.
+
+    Args:
+        model: adapter and base.
+        folder: to write.
+        base_digest: `weights_digest` of the backbone before the adapter was added, which a method
+            may change (PiSSA moves the principal part of a weight into the adapter).
+        provenance: of the run.
     """
     base = model.get_base_model()
     with written_whole_folder(folder) as part:
@@ -161,7 +206,7 @@ def save_adapter(model: PeftModel, folder: str | Path, provenance: dict | None =
             "config": asdict(base.config),
             "settings": asdict(model.adapter_settings),
             "provenance": without_folders(provenance or {}),
-            "base_digest": base_digest(model),
+            "base_digest": base_digest,
             "files": {name: _digest((part / name).read_bytes()) for name in _PEFT_FILES},
         }
         record["digest"] = _digest(json.dumps(record).encode())
@@ -225,13 +270,3 @@ def load_adapter(folder: str | Path) -> tuple[PeftModel, dict]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def base_digest(model: PeftModel) -> str:
-    """`weights_digest` of the backbone under an adapter."""
-    state = {
-        key.replace(".base_layer.", "."): value
-        for key, value in model.get_base_model().backbone.state_dict().items()
-        if "lora_" not in key
-    }
-    return state_digest(state)

@@ -12,6 +12,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import safe_open
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from timm.models import adapt_input_conv, eva, load_state_dict_from_hf, vision_transformer
 from torch import Tensor, nn
@@ -357,15 +358,20 @@ def _some(keys) -> str:
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
+def drop_patches(backbone: Backbone, rate: float) -> None:
+    """Leave out a share of the patches in training (PatchDropout, Liu et al. 2022).
+
+    arXiv:2208.07220; none is left out in evaluation.
+    """
+    # timm's EVA has none by default, and tells its rotary embedding which patches are left.
+    kind = PatchDropout if backbone.patch_drop else PatchDropoutWithIndices
+    backbone.patch_drop = kind(rate, num_prefix_tokens=backbone.num_prefix_tokens)
+
+
 def weights_digest(module: nn.Module) -> str:
     """Short SHA-256 over names and values of a module's state, to tell weights apart."""
-    return state_digest(module.state_dict())
-
-
-def state_digest(state: dict[str, Tensor]) -> str:
-    """Short SHA-256 over the names and values of a state dict."""
     digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
+    for key, value in sorted(module.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

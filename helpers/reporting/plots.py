@@ -4,6 +4,7 @@ Each function returns a matplotlib figure; `save` writes it and the table behind
 """
 
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -237,9 +238,11 @@ def method_styles(methods: list[str]) -> dict[str, dict]:
     Other names take what is left, in order.
     """
     order = ("head_only", "lora", "dora", "full")
+    taken = {order.index(method) for method in methods if method in order}
+    left = (number for number in itertools.count() if number not in taken)
     styles = {}
-    for place, method in enumerate(methods):
-        number = order.index(method) if method in order else place
+    for method in methods:
+        number = order.index(method) if method in order else next(left)
         styles[method] = {
             "color": PALETTE[number % len(PALETTE)],
             "marker": "osDv^P"[number % 6],

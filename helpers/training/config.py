@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from helpers import InputError
 from helpers.config import Config, Places, folder_field
 from helpers.data.dataset import ChipData, DataConfig
-from helpers.models.adapters import METHODS, first_adapted
+from helpers.models.adapters import METHODS, PEFT_METHODS, first_adapted
 from helpers.models.architectures import BACKBONE_HELP, backbone_label
 from helpers.models.backbones import build_backbone
 from helpers.models.classifier import HEAD_INPUTS
@@ -22,8 +22,7 @@ _ADAPTED = {"epochs": 12, "patience": 4, "batch_size": 32, "learning_rate": 1e-3
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     # Epochs on cached features cost next to nothing; the learning rate is swept.
     "head_only": {"epochs": 100, "patience": 20, "batch_size": 128},
-    "lora": _ADAPTED,
-    "dora": _ADAPTED,
+    **dict.fromkeys(PEFT_METHODS, _ADAPTED),
     "full": _ADAPTED | {"learning_rate": 1e-4},
 }
 """What a method decides where a parameter is None; sources in the README's table of defaults."""
@@ -52,7 +51,7 @@ class TrainingConfig(Places, DataConfig):
     weights: str = Field("pretrained", description="pretrained, random, or a file of weights")
     image_size: int = Field(98, gt=0, le=4096, description="pixels, a multiple of the patch size")
     head_input: Literal[tuple(HEAD_INPUTS)] = Field(
-        "cls+mean", description=f"of lora, dora, full: one of {', '.join(HEAD_INPUTS)}"
+        "cls+mean", description=f"of all but head_only: one of {', '.join(HEAD_INPUTS)}"
     )
     learning_rates: tuple[PositiveFloat, ...] = Field(
         (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1, description="of head_only, to sweep (AdamW)"
@@ -61,9 +60,9 @@ class TrainingConfig(Places, DataConfig):
         (0.0, 1.0), min_length=1, description="of head_only, to sweep (AdamW)"
     )
     learning_rate: PositiveFloat | None = Field(
-        None, description=f"of lora, dora, full (AdamW){_by_method}"
+        None, description=f"of all but head_only (AdamW){_by_method}"
     )
-    weight_decay: NonNegativeFloat = Field(0.0, description="of lora, dora, full (AdamW)")
+    weight_decay: NonNegativeFloat = Field(0.0, description="of all but head_only (AdamW)")
     lora_rank: int = Field(4, le=4096, description="r, width of the low-rank update")
     lora_alpha: float = Field(8, gt=0, description="the update is scaled by alpha / r")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="on the input of the update")
@@ -72,7 +71,7 @@ class TrainingConfig(Places, DataConfig):
     )
     adapted_blocks: PositiveInt | None = Field(
         None,
-        description="of lora, dora, full: train the last k blocks, on kept tokens of the others; "
+        description="of all but head_only: train the last k blocks, on kept tokens of the others; "
         "None: all",
     )
     epochs: PositiveInt | None = Field(
@@ -86,9 +85,9 @@ class TrainingConfig(Places, DataConfig):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="of lora, dora, full; auto: the fastest of a few timed steps",
+        description="of all but head_only; auto: the fastest of a few timed steps",
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="of lora, dora, full: gradient clipping")
+    max_grad_norm: float = Field(1.0, gt=0, description="of all but head_only: gradient clipping")
     class_weights: Literal["equal", "balanced"] = Field(
         "equal", description="balanced: classes count alike in the loss, however rare"
     )
@@ -102,7 +101,7 @@ class TrainingConfig(Places, DataConfig):
         False, description="replace a finished run of the same name with other parameters or data"
     )
     save_merged: bool | None = Field(
-        None, description="of lora, dora: also one merged file; None: where it is below 500 MB"
+        None, description="of an adapter: also one merged file; None: where it is below 500 MB"
     )
     tracker: Literal["none", "tensorboard", "mlflow", "wandb"] = Field(
         "none", description="also send every epoch to tensorboard, mlflow or wandb"
@@ -149,6 +148,12 @@ class RunConfig(TrainingConfig):
     )
     train_fraction: float = Field(
         1.0, gt=0, le=1, description="share of the training chips of each class to use"
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="of full: each layer's rate in units of the next one's"
+    )
+    patch_drop_rate: float | None = Field(
+        None, gt=0, lt=1, description="of all but head_only: share of patches to train without"
     )
     seed: int = Field(0, ge=0, description="of initial weights and the order of images")
     run_name: str | None = Field(None, description="name of the run's files; made up by default")
@@ -241,6 +246,11 @@ class RunConfig(TrainingConfig):
         if self.method == "head_only":
             raise InputError(
                 "adapted_blocks: head_only trains no block; use lora, dora or full, or leave it out"
+            )
+        if self.patch_drop_rate:
+            raise InputError(
+                "patch_drop_rate: tokens of frozen blocks are kept of all patches; leave it or "
+                "adapted_blocks out"
             )
         with torch.device("meta"):
             depth = len(build_backbone(self.backbone).blocks)

@@ -75,7 +75,8 @@ def fit(
 
     Args:
         model: maps a batch to logits (candidates, N, classes) or (N, classes).
-        groups: one AdamW parameter group per candidate (`params`, `lr`, `weight_decay`).
+        groups: one per candidate: `params`, `lr`, `weight_decay` of AdamW and, where its parameters
+            have rates of their own, `factors`, by which the rate of each is multiplied.
         train: examples to train on.
         valid: examples that choose the epoch and the candidate.
         settings: see FitSettings.
@@ -127,8 +128,8 @@ class Loop:
         self.groups, self.settings = groups, settings
         self.train = beside_the_model(train, accelerator.device)
         self.accelerator = accelerator
-        self.rates = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        optimizer = torch.optim.AdamW(_groups_by_rate(groups), fused=True)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         equal = [1.0] * (int(train.targets.max()) + 1)
         self.weights = torch.tensor(settings.class_weights or equal)
@@ -168,22 +169,12 @@ class Loop:
         return math.ceil(len(self.train.targets) / self.settings.batch_size)
 
     def _schedule_from(self, step: int) -> None:
-        """Linear rise, then a cosine to zero; `step` counts from 0 over all epochs.
-
-        In closed form, unlike torch's chained schedules, so that going on gives the same bits.
-        """
+        """Schedule what follows; `step` counts from 0 over all epochs."""
         steps = self.settings.epochs * self._steps_per_epoch
-        warmup = max(1, round(self.settings.warmup_fraction * steps))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            falling = min(1.0, (step - warmup) / max(1, steps - warmup))
-            return 0.5 * (1 + math.cos(math.pi * falling))
-
+        self.factor = warmup_and_cosine(steps, self.settings.warmup_fraction)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["initial_lr"] = rate
-        self.schedule = LambdaLR(self.optimizer, factor, last_epoch=step - 1)
+        self.schedule = LambdaLR(self.optimizer, self.factor, last_epoch=step - 1)
 
     def run(
         self,
@@ -233,13 +224,13 @@ class Loop:
         batches = order.split(self.settings.batch_size)
         epoch = f"epoch {self.progress.epoch} of {self.settings.epochs}"
         for rows in progress_bar(batches, desc=epoch, unit="step"):
-            rates = self.schedule.get_last_lr()
+            factor = self.factor(self.schedule.last_epoch)
             sums.append(self.step(rows, views[rows]))
         # One reduction for the epoch; asking earlier would make the device wait every batch.
         losses, correct = self.accelerator.reduce(torch.stack(sums)).cpu().unbind(dim=1)
         self.progress.note_failures(losses)
         return {
-            "learning_rate": rates,
+            "learning_rate": [group["lr"] * factor for group in self.groups],
             "train_loss": (losses.sum(dim=0) / n).tolist(),
             "train_acc": (correct.sum(dim=0) / n).tolist(),
         }
@@ -343,6 +334,34 @@ class Loop:
                 },
                 self.accelerator.num_processes,
             )
+
+
+def warmup_and_cosine(steps: int, warmup_fraction: float) -> Callable[[int], float]:
+    """Step -> factor of the learning rate: linear rise, then a cosine to zero.
+
+    In closed form, unlike torch's chained schedules, so that going on gives the same bits.
+    """
+    warmup = max(1, round(warmup_fraction * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        falling = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.5 * (1 + math.cos(math.pi * falling))
+
+    return factor
+
+
+def _groups_by_rate(groups: list[dict]) -> list[dict]:
+    """AdamW's groups: of every candidate one for each factor of its rate."""
+    found: dict[tuple[int, float], dict] = {}
+    for candidate, group in enumerate(groups):
+        factors = group.get("factors", [1.0] * len(group["params"]))
+        for parameter, factor in zip(group["params"], factors, strict=True):
+            options = {"lr": group["lr"] * factor, "weight_decay": group["weight_decay"]}
+            with_this = found.setdefault((candidate, factor), options | {"params": []})
+            with_this["params"].append(parameter)
+    return list(found.values())
 
 
 def _copy_into(groups: list[dict], values: list[list[Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""head_only, lora, dora and full on the one training loop."""
+"""head_only, the methods of PEFT and full on the one training loop."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from helpers.data.dataset import ChipData
@@ -15,9 +16,10 @@ from helpers.models.adapters import (
     add_adapter,
     first_adapted,
     merge_adapter,
+    rate_factors,
     transfer_adapter,
 )
-from helpers.models.backbones import weights_digest
+from helpers.models.backbones import drop_patches, weights_digest
 from helpers.models.classifier import Classifier, head_columns
 from helpers.models.export import count_parameters
 from helpers.records import reset_peak_memory
@@ -138,7 +140,7 @@ def train_adapted(config: RunConfig, data: ChipData, report=print) -> Run:
 
 
 def training_loop(config: RunConfig, data: ChipData) -> Loop:
-    """A fresh lora, dora or full run before its first step, for who measures steps."""
+    """A fresh run of any method but head_only before its first step, for who measures steps."""
     config = config.resolved()
     model, group, digest = training_setup(config, data)
     with tracked_accelerator(config) as accelerator:
@@ -170,39 +172,52 @@ def _inputs(
 
 
 def training_setup(config: RunConfig, data: ChipData) -> tuple[Classifier | PeftModel, dict, str]:
-    """A fresh model for lora, dora or full, reproducible from the seed.
+    """A fresh model for any method but head_only, reproducible from the seed.
 
     Returns:
-        The model, its AdamW parameter group, and the digest of the backbone's weights.
+        The model, its parameter group for `fit`, and the digest of the backbone's weights.
     """
     model = new_classifier(config, data)
     digest = weights_digest(model.backbone)
+    if config.patch_drop_rate:
+        drop_patches(model.backbone, config.patch_drop_rate)
+    factors: dict[nn.Parameter, float] = {}
     if config.method == "full":
         if first := first_adapted(config.adapted_blocks, len(model.backbone.blocks)):
             model.backbone.requires_grad_(False)
             model.backbone.blocks[first:].requires_grad_(True)
             model.backbone.norm.requires_grad_(True)
+        if config.layer_decay:
+            layers = param_groups_layer_decay(model.backbone, layer_decay=config.layer_decay)
+            factors = {p: layer["lr_scale"] for layer in layers for p in layer["params"]}
     else:
-        settings = AdapterSettings(
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            targets=config.lora_targets,
-            method=config.method,
-            blocks=config.adapted_blocks,
-        )
-        model = add_adapter(model, settings)
+        model = add_adapter(model, adapter_settings(config))
+        factors = rate_factors(model)
     if config.mixed_precision == "bf16":
         # Frozen weights in the precision they are used in: no cast in every step, half the bytes.
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
+    trained = [p for p in model.parameters() if p.requires_grad]
     group = {
-        "params": [p for p in model.parameters() if p.requires_grad],
+        "params": trained,
+        "factors": [factors.get(p, 1.0) for p in trained],
         "lr": config.learning_rate,
         "weight_decay": config.weight_decay,
     }
     return model, group, digest
+
+
+def adapter_settings(config: RunConfig) -> AdapterSettings:
+    """The adapter that a run asks for."""
+    return AdapterSettings(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.lora_targets,
+        method=config.method,
+        blocks=config.adapted_blocks,
+    )
 
 
 def _parameters(config: RunConfig, model, classifier: Classifier) -> dict[str, int]:

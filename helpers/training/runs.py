@@ -42,7 +42,7 @@ class Run:
     Args:
         classifier: on the CPU, with the weights of the best epoch, an adapter merged into them;
             None for a run read from its records alone.
-        adapter: the same unmerged, for lora and dora.
+        adapter: the same unmerged, for the methods of PEFT.
         history: one row per epoch of the chosen candidate (`progress.HISTORY_COLUMNS`).
         predictions: one row per validation and test chip: split, img_path, group, label, target,
             predicted and the probability of each class, `p_<class>` (float32).
@@ -123,7 +123,7 @@ def finished_run(
         config: resolved.
         data: that it was trained on.
         classifier: of the best epoch; it is moved to the CPU.
-        adapter: of lora and dora, on the CPU.
+        adapter: of a method of PEFT, on the CPU.
         progress: at the end of the fit.
         candidates: the sweep's parameters, one row a candidate; how each ended is added.
         parameters: counts by name.
@@ -210,7 +210,8 @@ def save_run(config: RunConfig, run: Run) -> None:
     else:
         weights.unlink(missing_ok=True)
     if run.adapter:
-        files.append(save_adapter(run.adapter, config.folder / _ADAPTER, provenance))
+        digest = run.record["weights_digest"]
+        files.append(save_adapter(run.adapter, config.folder / _ADAPTER, digest, provenance))
         needed = sum(file.stat().st_size for file in files[-1].iterdir())
     elif config.method == "full":
         needed = weights.stat().st_size

@@ -22,6 +22,7 @@ from helpers.deployment.variants.build import build_variants
 from helpers.deployment.variants.source import Source
 from helpers.evaluation.calibration import AnswerRule, fit_rule
 from helpers.models.adapters import AdapterSettings, add_adapter, save_adapter
+from helpers.models.backbones import weights_digest
 from helpers.models.classifier import ClassifierConfig, create_classifier
 from helpers.models.files import save_classifier
 from helpers.predict import predict
@@ -196,8 +197,10 @@ def test_every_form_of_a_model(model, chips, tmp_path):
 
 def test_an_adapter_folder(chips, tmp_path):
     config_ = ClassifierConfig("example", "pretrained", SIZE, (2, 0, 1), CLASSES)
-    adapted = add_adapter(create_classifier(config_), AdapterSettings())
-    folder = save_adapter(adapted.eval(), tmp_path / "run" / "adapter", PROVENANCE)
+    base = create_classifier(config_)
+    digest = weights_digest(base.backbone)
+    adapted = add_adapter(base, AdapterSettings())
+    folder = save_adapter(adapted.eval(), tmp_path / "run" / "adapter", digest, PROVENANCE)
     table = answer(folder, chips, tmp_path / "p")[0]
     paths = sorted(chips.glob("*/*.png"))
     dataset = ChipDataset(paths, [0] * len(paths), (2, 0, 1), SIZE)

@@ -1,4 +1,4 @@
-"""LoRA and DoRA around a classifier: parameters, shapes, files, merging."""
+"""Adapters around a classifier: parameters, shapes, files, merging."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from helpers import InputError
 from helpers.evaluation import inspection
 from helpers.models import adapters
 from helpers.models.adapters import AdapterSettings
-from helpers.models.backbones import build_backbone
+from helpers.models.backbones import build_backbone, weights_digest
 from helpers.models.classifier import Classifier, ClassifierConfig, create_classifier
 from helpers.models.export import count_parameters, module_tree
 from helpers.models.files import load_classifier, save_classifier
@@ -52,9 +52,19 @@ def logits(model):
     return model.eval()(chips())
 
 
+def saved(model, folder, provenance=None, config=CONFIG):
+    digest = weights_digest(create_classifier(config).backbone)
+    return adapters.save_adapter(model, folder, digest, provenance)
+
+
 @pytest.fixture(scope="module", params=adapters.PEFT_METHODS)
 def model(request):
     return adapted(method=request.param)
+
+
+@pytest.fixture(scope="module")
+def lora():
+    return adapted()
 
 
 def test_the_reference_shape_has_the_published_number_of_parameters():
@@ -77,9 +87,10 @@ def test_the_reference_shape_has_the_published_number_of_parameters():
     assert "24 x Block(" in module_tree(model)
 
 
-def test_a_new_lora_changes_nothing_yet():
-    expected = logits(fresh())
-    torch.testing.assert_close(logits(adapters.add_adapter(fresh(), AdapterSettings())), expected)
+@pytest.mark.parametrize("method", adapters.PEFT_METHODS)
+def test_a_new_adapter_changes_nothing_yet(method):
+    model = adapters.add_adapter(fresh(), AdapterSettings(method=method))
+    torch.testing.assert_close(logits(model), logits(fresh()))
 
 
 def test_targets_name_any_linear_layer_of_the_blocks():
@@ -111,7 +122,7 @@ def test_wrong_settings_are_one_clear_error(settings, message):
 
 def test_saved_loaded_merged_and_unmerged_agree(model, tmp_path):
     expected = logits(model)
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    folder = saved(model, tmp_path / "adapter")
     assert torch.equal(logits(adapters.load_adapter(folder)[0]), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(fresh(), str(folder))), expected)
     merged = adapters.merge_adapter(adapters.transfer_adapter(model, fresh()))
@@ -123,7 +134,7 @@ def test_saved_loaded_merged_and_unmerged_agree(model, tmp_path):
 
 
 def test_the_adapter_folder_holds_safetensors_with_the_head(model, tmp_path):
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    folder = saved(model, tmp_path / "adapter")
     names = {"adapter_config.json", "adapter_model.safetensors", "classifier.json"}
     assert {path.name for path in folder.iterdir()} == names
     keys = load_file(folder / "adapter_model.safetensors").keys()
@@ -131,19 +142,19 @@ def test_the_adapter_folder_holds_safetensors_with_the_head(model, tmp_path):
     assert not any("base_layer" in key for key in keys)
 
 
-def test_a_failed_save_leaves_the_old_adapter(model, tmp_path, monkeypatch):
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+def test_a_failed_save_leaves_the_old_adapter(lora, tmp_path, monkeypatch):
+    folder = saved(lora, tmp_path / "adapter")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(adapters, "base_digest", lambda model: 1 / 0)
+    monkeypatch.setattr(adapters, "without_folders", lambda provenance: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        adapters.save_adapter(model, folder)
+        saved(lora, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_merging_low_precision_is_refused(model):
+def test_merging_low_precision_is_refused(lora):
     with pytest.raises(ValueError, match="merge in fp32"):
-        adapters.merge_adapter(adapters.transfer_adapter(model, fresh()).bfloat16())
+        adapters.merge_adapter(adapters.transfer_adapter(lora, fresh()).bfloat16())
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
@@ -152,7 +163,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         save_file(build_backbone("example").state_dict(), tmp_path / f"{name}.safetensors")
     config = replace(CONFIG, weights=str(tmp_path / "w.safetensors"))
     model = adapters.add_adapter(create_classifier(config), AdapterSettings())
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    folder = saved(model, tmp_path / "adapter", config=config)
     assert adapters.load_adapter(folder)
     (tmp_path / "other.safetensors").replace(tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="was trained on other weights than those of example"):
@@ -162,7 +173,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 def test_an_adapter_on_random_weights_is_rebuilt_from_its_seed(tmp_path):
     config = replace(CONFIG, weights="random", seed=7)
     model = adapters.add_adapter(create_classifier(config), AdapterSettings())
-    folder = adapters.save_adapter(model, tmp_path / "adapter", {"run": "a"})
+    folder = saved(model, tmp_path / "adapter", {"run": "a"}, config)
     torch.manual_seed(123)
     loaded, provenance = adapters.load_adapter(folder)
     assert torch.equal(logits(loaded), logits(model))
@@ -222,9 +233,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damaged_and_altered_adapter_folders_are_one_clear_error(model, tmp_path, case):
+def test_damaged_and_altered_adapter_folders_are_one_clear_error(lora, tmp_path, case):
     name, damage, message = DAMAGES[case]
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    folder = saved(lora, tmp_path / "adapter")
     if isinstance(damage, bytes):
         (folder / name).write_bytes(damage)
     else:
@@ -245,8 +256,8 @@ def sealed(folder):
 @pytest.mark.parametrize(
     ("damage", "message"), [(without_tensors, "missing: base_model"), (not_a_number, "not finite")]
 )
-def test_a_forged_adapter_must_be_complete_all_the_same(model, tmp_path, damage, message):
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+def test_a_forged_adapter_must_be_complete_all_the_same(lora, tmp_path, damage, message):
+    folder = saved(lora, tmp_path / "adapter")
     damage(folder / "adapter_model.safetensors")
     sealed(folder)
     assert message in refusal(adapters.load_adapter, folder)
@@ -257,8 +268,15 @@ def targets_of(model):
     return [name.rsplit(".", 1)[-1] for name, layer in layers if isinstance(layer, nn.Linear)]
 
 
-@pytest.mark.parametrize("method", adapters.PEFT_METHODS)
-@pytest.mark.parametrize(("name", "target"), [(m, t) for m in TINY for t in targets_of(m)])
+LAYERS = [(name, target) for name in TINY for target in targets_of(name)]
+OTHERS = [method for method in adapters.PEFT_METHODS if method != "lora"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "method"),
+    [(*layer, "lora") for layer in LAYERS]
+    + [(*layer, OTHERS[i % len(OTHERS)]) for i, layer in enumerate(LAYERS)],
+)
 def test_an_adapter_trains_on_every_layer_of_every_family(name, target, method):
     """timm's own `_qkvb` models never call qkv: the gradient would be missing, without a word."""
     classifier = tiny_classifier(None, name)
@@ -267,8 +285,9 @@ def test_an_adapter_trains_on_every_layer_of_every_family(name, target, method):
     before = classifier(batch).detach()
     settings = AdapterSettings(targets=(target,), method=method, dropout=0.0)
     model = adapters.add_adapter(classifier, settings)
-    trainable = {k: p for k, p in model.named_parameters() if p.requires_grad and "lora" in k}
-    assert len({k.split(".lora")[0] for k in trainable}) == 5, "one layer in each block"
+    prefix = model.base_model.prefix  # of names of the adapter's parameters, lora_
+    trainable = {k: p for k, p in model.named_parameters() if p.requires_grad and prefix in k}
+    assert len({k.split(f".{prefix}")[0] for k in trainable}) == 5, "one layer in each block"
     for _ in range(2):  # A's gradient is zero while B is
         model.zero_grad()
         model(batch).square().sum().backward()

@@ -233,7 +233,8 @@ def test_load_model_takes_files_and_adapter_folders(tmp_path):
     assert provenance["run"] == PROVENANCE["run"]
 
     adapted = add_adapter(create_classifier(example_config(image_size=28, seed=3)), LORA).eval()
-    folder = save_adapter(adapted, tmp_path / "elsewhere", PROVENANCE)
+    digest = weights_digest(classifier.backbone)
+    folder = save_adapter(adapted, tmp_path / "elsewhere", digest, PROVENANCE)
     model, alone, adapter = load_model(folder)
     assert alone == provenance
     chips = random_chips(size=28)

@@ -65,6 +65,7 @@ PAGES = (
     "example/CARD.md",
     "example/BACKBONE_CARD.md",
     "reports/hurricane_harvey/README.md",
+    "reports/log.md",
     *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
 )
 

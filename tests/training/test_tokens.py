@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import InputError
-from helpers.models.adapters import load_adapter
+from helpers.models.adapters import PEFT_METHODS, PeftMethod, load_adapter
 from helpers.models.classifier import Classifier
 from helpers.models.files import load_classifier
 from helpers.training import jobs, methods, tokens
@@ -180,9 +180,35 @@ def test_damaged_tokens_are_computed_again(damage, chips_folder, tmp_path, froze
     pd.testing.assert_frame_equal(again.history[NUMBERS], expected.history[NUMBERS])
 
 
-def test_a_run_on_tokens_goes_on_from_its_checkpoint(chips_folder, tmp_path, monkeypatch):
-    expected = run(config_for(chips_folder, tmp_path / "alone"))
-    config = config_for(chips_folder, tmp_path / "killed", resume=True)
+@pytest.mark.parametrize("method", [*list(PEFT_METHODS)[2:], "a new one"])  # lora, dora: CASES
+def test_one_entry_of_the_table_is_a_method(method, chips_folder, tmp_path, monkeypatch):
+    """It trains, is saved, loaded, merged and read without another line anywhere."""
+    new = PeftMethod({"init_lora_weights": "gaussian"}, b_rate=2.0)
+    monkeypatch.setitem(PEFT_METHODS, "a new one", new)
+    config = config_for(chips_folder, tmp_path, epochs=1)
+    config = config.model_copy(update={"method": method, "run_name": None, "resume": True})
+    found = run(config)
+    trained = [p for p in found.adapter.parameters() if p.requires_grad]
+    assert found.record["parameters"]["trainable"] == sum(p.numel() for p in trained)
+    data = config.data()
+    before = methods.new_classifier(config, data).state_dict()
+    after = found.classifier.state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    qkv = {f"backbone.blocks.{block}.attn.qkv.weight" for block in (3, 4)}
+    assert changed == qkv | {"linear_head.weight", "linear_head.bias"}
+    chips = torch.stack([chip for chip, _ in data.dataset("test", 28)])
+    expected = torch.tensor(found.test_predictions.filter(regex="^p_").to_numpy())
+    again, was_read = jobs.finished(config, data, report=lambda line: None)
+    assert was_read and again.record["method"] == method
+    with torch.inference_mode():
+        for model in (again.classifier, again.adapter):
+            torch.testing.assert_close(model(chips).softmax(1), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "loraplus"])
+def test_a_run_on_tokens_goes_on_from_its_checkpoint(method, chips_folder, tmp_path, monkeypatch):
+    expected = run(config_for(chips_folder, tmp_path / "alone", method=method))
+    config = config_for(chips_folder, tmp_path / "killed", method=method, resume=True)
     original = methods.Checkpoint.write
 
     def killed(self, state, processes):
@@ -202,6 +228,7 @@ def test_a_run_on_tokens_goes_on_from_its_checkpoint(chips_folder, tmp_path, mon
     [
         ({"adapted_blocks": 6}, "adapted_blocks: 6 is not between 1 and 5, the backbone's blocks"),
         ({"method": "head_only"}, "adapted_blocks: head_only trains no block; use lora, dora or"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate: tokens of frozen blocks are kept of all"),
         ({"head_input": "4xcls+mean", "adapted_blocks": 3}, "reads the last four blocks; use 4"),
     ],
 )

@@ -18,9 +18,10 @@ from torch import nn
 from helpers import InputError
 from helpers.models.files import load_classifier
 from helpers.records import ROOT
-from helpers.training import setup
+from helpers.training import methods, setup
 from helpers.training.examples import ChipExamples, decoded, dihedral
 from helpers.training.loop import FitSettings, fit
+from tests.models.parity import tiny_architectures
 from tests.training.short_run import NUMBERS, config_for, history_of, run
 
 
@@ -224,6 +225,32 @@ def test_gradients_are_clipped():
     start = Linear().layer.weight
     assert (free.layer.weight - start).abs().max() > 1e-3
     assert (clipped.layer.weight - start).abs().max() < (free.layer.weight - start).abs().max()
+
+
+@pytest.mark.parametrize(("backbone", "size"), [("dinov2_vits14_reg", 56), ("dinov3_vits16", 64)])
+def test_layers_have_rates_of_their_own_and_patches_are_left_out(
+    backbone, size, chips_folder, tmp_path, monkeypatch
+):
+    options = {"backbone": backbone, "weights": "random", "image_size": size, "epochs": 1}
+    options |= {"method": "full", "layer_decay": 0.5, "patch_drop_rate": 0.5}
+    config = config_for(chips_folder, tmp_path, **options)
+    seen, forward = [], nn.Linear.forward
+
+    def counted(layer, inputs):
+        if inputs.ndim == 3:
+            seen.append((layer.training, inputs.shape[1]))
+        return forward(layer, inputs)
+
+    with tiny_architectures():
+        model, group, _ = methods.training_setup(config, config.data())
+        monkeypatch.setattr(nn.Linear, "forward", counted)
+        run(config)
+    names = {p: name for name, p in model.named_parameters()}
+    rates = {names[p]: f for p, f in zip(group["params"], group["factors"], strict=True)}
+    assert rates["backbone.patch_embed.proj.weight"] == 0.5**5
+    assert [rates[f"backbone.blocks.{i}.mlp.fc1.weight"] for i in (0, 4)] == [0.5**4, 1]
+    assert rates["backbone.norm.weight"] == rates["linear_head.weight"] == 1
+    assert set(seen) == {(True, 5 + 8), (False, 5 + 16)}  # CLS, registers and patches
 
 
 # --- Processes -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from peft import PeftModel
 from helpers.deployment.runtimes import Variant
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
-from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter, save_adapter
+from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter
 
 
 def build_eager(source: Source) -> Variant:
@@ -52,7 +52,9 @@ def _adapted(source: Source) -> tuple[PeftModel, str, dict]:
 def build_lora_unmerged(source: Source) -> Variant:
     """Base and adapter apart."""
     adapted, which, options = _adapted(source)
-    save_adapter(adapted, source.folder / "lora_adapter")
+    # Values come from the file, and what PiSSA took from the base is not in it any more.
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(source.folder / "lora_adapter")
     options |= {"adapter": "lora_adapter"}
     made = f"{which}, not merged"
     variant = source.torch_variant("lora_unmerged", made, adapted.unload(), **options)

@@ -1,6 +1,6 @@
 """Seconds to a quality: a plain notebook loop, Hugging Face's Trainer, and this project.
 
-    python -m benchmarks.time_to_quality [--data_path example] [--adapted_blocks 4] [--seeds 3]
+    python -m benchmarks.time_to_quality [--data_path example] [--adapted_blocks 6] [--seeds 3]
 
 The ways take turns, every second seed in reverse order, each training in a fresh process from an
 empty cache: the same chips, batch, epochs, warm-up, schedule, clipping and validation after every
@@ -8,7 +8,8 @@ epoch (`ways`, `hugging_face`).
 
 - `plain`: fp32, chips decoded in every epoch, the loss fetched with `.item()` per batch.
 - `trainer`: the Trainer with PEFT in fp32; where bf16 is faster here, `trainer_bf16` too.
-- `all_blocks` and `last_<k>`: this project, in what `precision: auto` finds.
+- `all_blocks` and `last_<k>`: this project, in what `precision: auto` finds; by default k is that
+  of the comparison.
 - with `--trial NAME=JSON`, such as `rslora={"method":"rslora"}`: this project, other parameters.
 
 Seconds run from before the weights are read to the end of the last epoch's validation, in all ways
@@ -51,6 +52,7 @@ from helpers import InputError
 from helpers.benchmarking.limits import machine_limits
 from helpers.console import run_command
 from helpers.data.dataset import ChipData
+from helpers.evaluation.comparison import CompareConfig
 from helpers.evaluation.seeds import test_draws, unit
 from helpers.metrics import over_seeds
 from helpers.records import cpu_name, written_whole
@@ -264,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", default="pretrained")
     parser.add_argument("--image_size", type=int, default=98)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--adapted_blocks", type=int, default=4, help="of this project's last way")
+    blocks = CompareConfig.model_fields["adapted_blocks"].default
+    parser.add_argument("--adapted_blocks", type=int, default=blocks, help="of last_<k>")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4])

@@ -1,6 +1,7 @@
 """What is benchmarked, on what, and how; and where the results go."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +186,17 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
     rows = data.manifest[data.manifest.split == "train"]
     calibration = calibration_rows(rows, config.calibration_chips, config.seed)
+    folder = Path(config.output_path) / name
+    predictions = Path(config.model_path).parent / "predictions.parquet"
+    if predictions.is_file():  # so that a variant's answers have the thresholds of its model
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(predictions, folder / predictions.name)
     source = Source(
         classifier,
         train,
         valid,
         train[0][calibration],
-        Path(config.output_path) / name,
+        folder,
         adapted=adapted,
         device=device,
         recovery_epochs=config.recovery_epochs,

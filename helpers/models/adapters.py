@@ -1,26 +1,19 @@
 """Adapters around a `Classifier`, through PEFT: add, count, merge, transfer, save and load.
 
-Apart from `classifier.py`, so that serving a merged classifier does not load PEFT.
+Apart from `classifier.py`, and PEFT is loaded when an adapter is made: it loads transformers, half
+of the seconds in which a command starts.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import (
-    LoraConfig,
-    MissConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from peft.optimizers import create_loraplus_optimizer
 from pydantic import ConfigDict, TypeAdapter
 from torch import nn
 
@@ -30,6 +23,9 @@ from helpers.models.classifier import Classifier, create_classifier
 from helpers.models.files import read_record, without_folders
 from helpers.records import written_whole_folder
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 @dataclass(frozen=True)
 class PeftMethod:
@@ -37,14 +33,14 @@ class PeftMethod:
 
     Args:
         options: what its configuration has besides rank, scale, dropout and the layers.
-        config: PEFT's class of that configuration.
+        config: name of PEFT's class of that configuration.
         names: field of `AdapterSettings` -> what that class calls it; one that is not here has no
             meaning for the method.
         b_rate: learning rate of B, and of biases and magnitudes, in units of that of A.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    config: type[PeftConfig] = LoraConfig
+    config: str = "LoraConfig"
     names: Mapping[str, str] = field(
         default_factory=lambda: {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     )
@@ -59,7 +55,7 @@ PEFT_METHODS = {
     "pissa": PeftMethod({"init_lora_weights": "pissa"}),  # Meng et al. 2024, arXiv:2404.02948
     "loraplus": PeftMethod(b_rate=16.0),  # Hayou et al. 2024, arXiv:2402.12354, and their ratio
     "miss": PeftMethod(  # Kang and Yin 2024, arXiv:2409.15371
-        config=MissConfig, names={"rank": "r", "dropout": "miss_dropout"}
+        config="MissConfig", names={"rank": "r", "dropout": "miss_dropout"}
     ),
 }
 """One entry adds a method; nothing else asks which one it is."""
@@ -99,6 +95,8 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
         InputError: rank below 1 or above every layer's width, an unknown method, or a target that
             names no linear layer of the blocks.
     """
+    import peft
+
     layers = {
         name.rsplit(".", 1)[-1]: module
         for name, module in classifier.backbone.blocks.named_modules()
@@ -117,7 +115,7 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
     if settings.method not in PEFT_METHODS:
         raise InputError(f"method: {settings.method!r} is none of {', '.join(PEFT_METHODS)}")
     method = PEFT_METHODS[settings.method]
-    config = method.config(
+    config = getattr(peft, method.config)(
         **{theirs: getattr(settings, ours) for ours, theirs in method.names.items()},
         target_modules=list(settings.targets),
         # In blocks only: the patch embedding's convolution is called proj too.
@@ -127,7 +125,7 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
         bias="none",
         **method.options,
     )
-    model = get_peft_model(classifier, config)
+    model = peft.get_peft_model(classifier, config)
     model.adapter_settings = settings
     return model
 
@@ -158,6 +156,8 @@ def adapter_parameters(model: PeftModel) -> dict[str, int]:
 
 def rate_factors(model: PeftModel) -> dict[nn.Parameter, float]:
     """Trained parameter -> what its learning rate is in units of the run's (LoRA+)."""
+    from peft.optimizers import create_loraplus_optimizer
+
     ratio = PEFT_METHODS[model.adapter_settings.method].b_rate
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=ratio)
     return {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -176,9 +176,11 @@ def merge_adapter(model: PeftModel) -> Classifier:
 
 def transfer_adapter(source: PeftModel, classifier: Classifier) -> PeftModel:
     """Put source's adapter and head, in fp32, onto a fresh fp32 classifier."""
+    import peft
+
     target = add_adapter(classifier, source.adapter_settings)
-    state = {k: v.float() for k, v in get_peft_model_state_dict(source).items()}
-    set_peft_model_state_dict(target, state)
+    state = {k: v.float() for k, v in peft.get_peft_model_state_dict(source).items()}
+    peft.set_peft_model_state_dict(target, state)
     return target.eval()
 
 
@@ -230,6 +232,8 @@ def load_adapter(folder: str | Path) -> tuple[PeftModel, dict]:
         InputError: no adapter folder, damaged or altered files, or a base with other weights than
             the adapter was trained on.
     """
+    import peft
+
     folder = Path(folder)
     try:
         record = json.loads((folder / "classifier.json").read_text())
@@ -263,8 +267,8 @@ def load_adapter(folder: str | Path) -> tuple[PeftModel, dict]:
         )
     model = add_adapter(classifier, settings)
     state = read_state_dict(folder / "adapter_model.safetensors")
-    check_complete(get_peft_model_state_dict(model), state, str(folder))
-    set_peft_model_state_dict(model, state)
+    check_complete(peft.get_peft_model_state_dict(model), state, str(folder))
+    peft.set_peft_model_state_dict(model, state)
     return model.eval(), provenance
 
 

@@ -45,7 +45,7 @@ def train_alone(config: RunConfig, data: ChipData, report: Callable[[str], None]
     # A fork of this process would begin with its memory; one of a server that has only imported
     # what training needs spares every process after the first the ten seconds of doing so.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "peft"])
     receiver, sender = context.Pipe(duplex=False)
     cache = config.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)

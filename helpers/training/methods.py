@@ -1,11 +1,13 @@
 """head_only, the methods of PEFT and full on the one training loop."""
 
+from __future__ import annotations
+
 import copy
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -39,6 +41,9 @@ from helpers.training.setup import (
     tracked_accelerator,
 )
 from helpers.training.tokens import FromTokens, bare, cached_tokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def train_head_only(config: RunConfig, data: ChipData, report=print) -> Run:

@@ -1,5 +1,7 @@
 """What a training run leaves behind, and reading it again."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json
@@ -7,12 +9,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from helpers.models.files import load_classifier, save_classifier
 from helpers.records import environment, write_json, written_whole
 from helpers.training.config import RunConfig
 from helpers.training.progress import Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 MERGED_LIMIT_BYTES = 500e6
 """A merged copy of a larger backbone is only kept on demand: its adapter is a thousandth of it."""

@@ -5,6 +5,8 @@ epoch. What comes out of them depends on chips, weights, precision and the numbe
 so runs that differ in seed, rank, method, layers or learning rate read one file.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import shutil
@@ -12,12 +14,11 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -31,6 +32,9 @@ from helpers.training.config import RunConfig
 from helpers.training.examples import DIHEDRAL_VIEWS, ChipExamples, FeatureExamples
 from helpers.training.features import evaluated_on
 from helpers.training.setup import split_chips
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # Precision of the blocks -> that of their tokens on disk. Of the two of 16 bits fp16 rounds eight
 # times finer; what blocks in bf16 compute is bf16 already.
@@ -58,7 +62,7 @@ class FromTokens(nn.Module):
 
 def bare(model: Classifier | PeftModel) -> Classifier:
     """The classifier under an adapter, with the adapter's layers in it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def cached_tokens(

@@ -90,6 +90,18 @@ SCENE = "predict --model_path model.safetensors --input scene.tif --output map"
 GAPS = np.zeros((3, 90, 90), np.uint8)
 
 ROWS = [
+    Fault(
+        "ship what needs torch",
+        model,
+        "ship --model_path model.safetensors --output deploy",
+        ("model_path: model.safetensors needs this project to run", "openvino_int8.json"),
+    ),
+    Fault(
+        "ship over a folder",
+        chips,
+        "ship --model_path model.safetensors --output chips",
+        ("output: chips is there already",),
+    ),
     Fault("predict without parameters", None, "predict", ("model_path", "input", "output")),
     Fault("model not there", None, CHIPS, ("model.safetensors",)),
     Fault(

@@ -1,13 +1,15 @@
 """What the builders of variants need."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +18,9 @@ from helpers.deployment.variants.structure import Unavailable, remove_heads_and_
 from helpers.models.classifier import Classifier
 from helpers.models.export import export_onnx
 from helpers.records import written_whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 REFERENCE = "eager_fp32"
 CONTROL = "eager_fp32_again"

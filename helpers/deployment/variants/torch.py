@@ -1,16 +1,21 @@
 """Variants that PyTorch serves: precisions, LoRA merged or not, compiled, quantized by torchao."""
 
+from __future__ import annotations
+
 import copy
 import shutil
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 
 from helpers.deployment.runtimes import Variant
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def build_eager(source: Source) -> Variant:

@@ -55,7 +55,7 @@ for name in sys.argv[1:]:
     if contract["quantile"] is not None:
         likely = p >= 1 - contract["quantile"]
         answer = answer if likely[best] and likely.sum() == 1 else "unsure"
-    print(json.dumps({{"image": name, "answer": answer, "p": p.round(4).tolist()}}))
+    print(json.dumps({{"image": name, "answer": answer, "p": p.astype(float).round(4).tolist()}}))
 '''
 
 _README = """# {name}

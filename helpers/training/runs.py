@@ -27,6 +27,7 @@ from helpers.models.backbones import create_backbone, weights_digest
 from helpers.models.classifier import Classifier
 from helpers.models.files import load_classifier, save_classifier
 from helpers.records import environment, write_json, written_whole
+from helpers.training.card import CARD, shareable, write_card
 from helpers.training.config import RunConfig
 from helpers.training.progress import Progress
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 MERGED_LIMIT_BYTES = 500e6
 """A merged copy of a larger backbone is only kept on demand: its adapter is a thousandth of it."""
 
-_WEIGHTS, _ADAPTER, _PREDICTIONS = "model_final.safetensors", "adapter", "predictions.parquet"
+WEIGHTS, ADAPTER, PREDICTIONS = "model_final.safetensors", "adapter", "predictions.parquet"
 
 
 @dataclass(frozen=True)
@@ -198,30 +199,30 @@ def _worse_than_chance(config: RunConfig, data: ChipData, progress: Progress) ->
 
 
 def save_run(config: RunConfig, run: Run) -> None:
-    """Write classifier, adapter, predictions, history and, last, the record.
+    """Write classifier, adapter, model card, predictions, history and, last, the record.
 
     The record gains `bytes_to_keep`, what one more task needs on disk beside the shared backbone
-    (the adapter folder, the head's numbers, or a full copy), and `files`, the digest of each, by
-    which reading finds out that files are of two runs. The run's checkpoint is deleted.
+    (the adapter folder, the head's numbers, or a full copy), and `files`, the digest of each but
+    the card, by which reading finds files of two runs. The run's checkpoint is deleted.
     """
-    provenance = {key: value for key, value in run.record.items() if key != "candidates"}
-    weights, files = config.folder / _WEIGHTS, []
-    merged = config.save_merged
-    if merged is None:
-        merged = sum(p.nbytes for p in run.classifier.parameters()) < MERGED_LIMIT_BYTES
+    provenance = shareable(run.record)
+    weights, files = config.folder / WEIGHTS, []
+    small = sum(p.nbytes for p in run.classifier.parameters()) < MERGED_LIMIT_BYTES
+    merged = small if config.save_merged is None else config.save_merged
     if merged or run.adapter is None:
         files.append(save_classifier(run.classifier, weights, provenance))
     else:
         weights.unlink(missing_ok=True)
     if run.adapter:
         digest = run.record["weights_digest"]
-        files.append(save_adapter(run.adapter, config.folder / _ADAPTER, digest, provenance))
+        files.append(save_adapter(run.adapter, config.folder / ADAPTER, digest, provenance))
         needed = sum(file.stat().st_size for file in files[-1].iterdir())
     elif config.method == "full":
         needed = weights.stat().st_size
     else:
         needed = sum(p.nbytes for p in run.classifier.linear_head.parameters())
-    files.append(config.folder / _PREDICTIONS)
+    write_card(config.folder, provenance, files[0].name)
+    files.append(config.folder / PREDICTIONS)
     with written_whole(files[-1]) as part:
         run.predictions.to_parquet(part, index=False)
     files.append(_record_file(config).with_suffix(".csv"))
@@ -235,8 +236,8 @@ def save_run(config: RunConfig, run: Run) -> None:
 
 
 def saved_files(config: RunConfig) -> list[Path]:
-    """What there is of a run on disk: weights, adapter, predictions, history and record."""
-    files = [config.folder / name for name in (_WEIGHTS, _ADAPTER, _PREDICTIONS)]
+    """What there is of a run on disk: weights, adapter, card, predictions, history and record."""
+    files = [config.folder / name for name in (WEIGHTS, ADAPTER, CARD, PREDICTIONS)]
     files += [_record_file(config).with_suffix(".csv"), _record_file(config)]
     return [file for file in files if file.exists()]
 
@@ -320,10 +321,10 @@ def read_run(config: RunConfig) -> Run | None:
     if record is None or differences(config, record):
         return None
     history = _record_file(config).with_suffix(".csv")
-    weights, adapter = config.folder / _WEIGHTS, config.folder / _ADAPTER
+    weights, adapter = config.folder / WEIGHTS, config.folder / ADAPTER
     if not history.is_file():
         raise InputError(f"{history} is missing beside its record; train the run again")
-    predictions = config.folder / _PREDICTIONS
+    predictions = config.folder / PREDICTIONS
     for file in (history, weights, adapter, predictions):
         if file.exists() and _digest(file) != record["files"].get(file.name):
             raise InputError(
@@ -338,7 +339,7 @@ def read_run(config: RunConfig) -> Run | None:
 
 
 def _read_predictions(config: RunConfig) -> pd.DataFrame:
-    path = config.folder / _PREDICTIONS
+    path = config.folder / PREDICTIONS
     if path.is_file():
         return pd.read_parquet(path)
     for gathered in sorted(Path(config.history_path).glob("*.parquet")):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -67,8 +68,8 @@ def test_the_record_holds_what_a_reader_needs(finished):
 
 def test_the_files_agree_with_the_run(finished):
     _, run, files = finished
-    weights, predictions, history, record = files
-    assert weights.name == "model_final.safetensors"
+    weights, card, predictions, history, record = files
+    assert (weights.name, card.name) == ("model_final.safetensors", "README.md")
     assert tuple(pd.read_csv(history).columns) == HISTORY_COLUMNS
     assert len(run.candidates) == 3 * 2 * 1
     assert json.loads(record.read_text()) == json.loads(json.dumps(run.record))
@@ -92,6 +93,34 @@ def test_the_saved_classifier_gives_the_predictions_of_the_record(finished):
         probabilities = classifier(chips).softmax(1)
     expected = run.test_predictions.filter(regex="^p_").to_numpy()
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_what_goes_with_the_weights_names_no_chip_and_no_folder(finished, tmp_path):
+    config, run, _ = finished
+    said = {
+        "leaks": ["2 chips share a file with a chip of another split, e.g. secret/a.png (train)"],
+        "skipped": [{"img_path": "secret/b.png", "reason": "damaged"}],
+    }
+    elsewhere = config.model_copy(
+        update={"output_path": str(tmp_path / "m"), "history_path": str(tmp_path / "h")}
+    )
+    runs.save_run(elsewhere, replace(run, record=run.record | said))
+    for name in ("model_final.safetensors", "README.md"):
+        content = (elsewhere.folder / name).read_bytes()
+        assert b"2 chips share a file" in content and b"secret" not in content
+        assert config.data_path.encode() not in content and str(tmp_path).encode() not in content
+    assert "secret/a.png" in (tmp_path / "h" / "trial.json").read_text()
+
+
+def test_a_card_that_a_person_went_on_with_is_still_of_its_run(finished):
+    config, _, files = finished
+    card = files[1]
+    before = card.read_text()
+    card.write_text(before + "mine\n")
+    try:
+        assert runs.read_run(config.resolved()).record["run"] == "trial"
+    finally:
+        card.write_text(before)
 
 
 def test_the_second_run_reads_features_and_gives_the_same(finished):

@@ -47,9 +47,10 @@ test: $(SERVE_STAMP) ## unit tests, papermill runs and nbval, offline and on the
 lab: $(STAMP) ## open JupyterLab
 	@$(BIN)/jupyter lab
 
-lint: $(STAMP) ## ruff on code and notebooks
+lint: $(STAMP) ## ruff on code and notebooks, hadolint on the Dockerfile
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/hadolint Dockerfile
 
 notebooks: $(STAMP) ## renew the committed notebooks and results, with the notebooks' defaults
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports --in_place

@@ -321,13 +321,16 @@ def questions_table(sets: dict[str, Published]) -> str:
     """The project's questions with short answers for every published data set."""
     harvey, example = sets["hurricane_harvey"], sets["example"]
     lines = []
-    for question, answer in harvey.answers.items():
-        page = f"([shown here](../{harvey.folder}/README.md#Answers))"
-        section = "../finetune_lora.ipynb#The-answers"
-        if question == DEPLOYED:
-            section = "../benchmark.ipynb#The-decision"
-        other = f"{example.answers[question]} ([shown here]({section}))"
-        lines.append((f"**{question}**", f"{answer} {page}", other))
+    for question in dict.fromkeys([*harvey.answers, *example.answers]):
+        notebook = "benchmark.ipynb#The-decision"
+        if question != DEPLOYED:
+            notebook = "finetune_lora.ipynb#The-answers"
+        shown = [(harvey, f"{harvey.folder}/README.md#Answers"), (example, notebook)]
+        cells = [
+            f"{answer} ([shown here](../{page}))" if (answer := of.answers.get(question)) else "-"
+            for of, page in shown
+        ]
+        lines.append((f"**{question}**", *cells))
     return markdown(("question", "Hurricane Harvey, satellite", "embedded example, aerial"), lines)
 
 

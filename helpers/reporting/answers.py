@@ -58,7 +58,7 @@ def comparison_answers(
         said["Does training only the head give good results?"] = _head_answer(config, runs, draws)
     said["Does LoRA improve on it?"] = gain_answer(gains, "head_only", "lora")
     if "full" in first:
-        said["Does full fine-tuning?"] = gain_answer(gains, "head_only", "full")
+        said["Does full fine-tuning improve on the head?"] = gain_answer(gains, "head_only", "full")
     if by_blocks:
         said["Would LoRA in all blocks be better?"] = _blocks_answer(by_blocks)
     return said | {

@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lab lint notebooks results harvey bench gpu install clean
+.PHONY: help run test lab lint notebooks results harvey evidence bench gpu install clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -60,6 +60,9 @@ results: $(STAMP) ## rebuild tables, figures and README from the committed recor
 
 harvey: $(STAMP) ## run the notebooks on data/hurricane_harvey, which you unpack there (hours)
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports/hurricane_harvey --parameters reports/hurricane_harvey/parameters.yaml
+
+evidence: $(STAMP) ## train what stands in evidence/*.yaml, or TASKS="..." of it (hours; goes on where it stopped)
+	@$(OFFLINE) $(BIN)/python -m tools.evidence $(TASKS)
 
 bench: $(STAMP) ## measurements that take minutes and want a quiet machine
 	@$(BIN)/python -m benchmarks.data_scan

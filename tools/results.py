@@ -7,25 +7,20 @@ Every answer stands once more where its link leads, from the same record.
 """
 
 import argparse
-import json
 import re
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import pandas as pd
-from papermill.iorw import read_yaml_file
 
 from helpers.evaluation import comparison
-from helpers.evaluation.baselines import read_baselines
-from helpers.evaluation.seeds import Draws, method_means, test_draws
+from helpers.evaluation.evidence_records import published_evidence
 from helpers.metrics import with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, plots
+from helpers.reporting.tables import markdown
 from helpers.training.config import METHOD_DEFAULTS
-from helpers.training.runs import Run
+from tools import evidence_pages
+from tools.published import DEPLOYED, Published, published
 
-DEPLOYED = "Which form should be deployed?"
 # Benchmark variants that the README shows; the others are in the linked table.
 SHOWN = (
     "eager_fp32",
@@ -38,88 +33,6 @@ SHOWN = (
     "pruned_50",
     "structured_recovered",
 )
-
-
-@dataclass(frozen=True)
-class Published:
-    """What is published of one data set.
-
-    Args:
-        folder: holds `training_history`, `figures`, `benchmark_results` and the notebooks, relative
-            to the project's folder.
-        parameters: that finetune_lora.ipynb was run with.
-        benchmark: name of the benchmark's results.
-    """
-
-    folder: Path
-    parameters: dict
-    benchmark: str
-
-    @cached_property
-    def config(self) -> comparison.CompareConfig:
-        """Parameters of the comparison."""
-        places = {
-            "history_path": str(ROOT / self.folder / "training_history"),
-            "output_path": str(ROOT / self.folder / "no_weights"),
-        }
-        return comparison.CompareConfig.checked(**self.parameters | places)
-
-    @cached_property
-    def all_runs(self) -> dict[str, Run]:
-        """Every run of the comparison, by name."""
-        return comparison.read_runs(self.config)
-
-    @cached_property
-    def runs(self) -> dict[tuple[str, int], Run]:
-        """The main runs, by method and seed."""
-        return comparison.main_runs(self.all_runs, self.config)
-
-    @cached_property
-    def draws(self) -> dict[tuple[str, int], Draws]:
-        """Bootstrap draws of the test metrics of the main runs."""
-        return {pair: test_draws(run.test_predictions) for pair, run in self.runs.items()}
-
-    @cached_property
-    def means(self) -> pd.DataFrame:
-        """Test accuracy and AUROC of every method, over its seeds."""
-        return method_means(self.runs, self.draws, ("accuracy", "auroc"))
-
-    @cached_property
-    def baselines(self) -> dict[str, dict]:
-        """What knows no shapes, by name."""
-        return read_baselines(self.config)["test"]
-
-    def table(self, name: str) -> pd.DataFrame:
-        """One of the committed tables, by its path below the folder."""
-        return pd.read_csv(ROOT / self.folder / name)
-
-    @cached_property
-    def served(self) -> tuple[pd.DataFrame, str]:
-        """The benchmark's summary by variant, and the variant that it says to deploy."""
-        path = ROOT / self.folder / "benchmark_results" / self.benchmark
-        record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        return pd.read_csv(f"{path}.csv").set_index("variant"), record["decision"]["recommended"]
-
-    @cached_property
-    def answers(self) -> dict[str, str]:
-        """Question -> answer, from the records."""
-        shortcuts = self.table("figures/lora_shortcuts.csv")
-        by_blocks = comparison.block_runs(self.all_runs, self.config)
-        said = answers.comparison_answers(self.config, self.runs, self.draws, shortcuts, by_blocks)
-        return said | {DEPLOYED: answers.form_answer(*self.served)}
-
-
-def published() -> dict[str, Published]:
-    """The published data sets by name."""
-    harvey = Path("reports/hurricane_harvey")
-    parameters = read_yaml_file(str(ROOT / harvey / "parameters.yaml"))
-    benchmarked = Path(parameters["benchmark"]["model_path"]).parent.name
-    return {
-        "hurricane_harvey": Published(
-            harvey, parameters["finetune_lora"], f"benchmark_{benchmarked}"
-        ),
-        "example": Published(Path(), {}, "benchmark_head_only_example_example_seed0"),
-    }
 
 
 # --- Figures and their tables ---------------------------------------------------------------------
@@ -146,12 +59,6 @@ def rebuild(data_set: Published) -> None:
 
 
 # --- Parts of the READMEs -------------------------------------------------------------------------
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
-    """A Markdown table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def methods_table(data_set: Published) -> str:
@@ -372,13 +279,16 @@ def main() -> None:
     """Rebuild everything that is published from the committed records."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     plots.use_style()
-    sets = published()
+    sets, found = published(), published_evidence()
     for data_set in sets.values():
         rebuild(data_set)
-    for name, parts in pages(sets).items():
+    evidence_pages.draw(found)
+    evidence_pages.write_results(sets, found)
+    every = pages(sets) | evidence_pages.pages(found)
+    for name, parts in every.items():
         with written_whole(ROOT / name) as part:
             part.write_text(renew((ROOT / name).read_text(), parts))
-    print("renewed", ", ".join(pages(sets)), "and the figures of", ", ".join(sets))
+    print("renewed", ", ".join(every), "and the figures of", ", ".join([*sets, *found]))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def head_answer(means: pd.DataFrame, name: str, baseline: float, gain: dict[str,
     return (
         f"{verdict}: accuracy {with_interval(rows.loc['accuracy'])}, AUROC "
         f"{with_interval(rows.loc['auroc'])} ({_over(rows.loc['auroc'])}). The strongest baseline, "
-        f"{name}, reaches an AUROC of {baseline:.3f}; the head is ahead by {_signed(gain, 3)}."
+        f"{name}, reaches an AUROC of {baseline:.3f}; the head is ahead by {signed(gain, 3)}."
     )
 
 
@@ -139,7 +139,7 @@ def gain_answer(gains: pd.DataFrame, first: str, second: str) -> str:
     row = rows.iloc[0]
     clear = f"; above zero with {row.better} of {row.seeds} seeds alone" if row.seeds > 1 else ""
     return (
-        f"{in_a_word(row)}: AUROC {_signed(row, 4)} ({_over(row)}{clear}). {second} alone is right "
+        f"{in_a_word(row)}: AUROC {signed(row, 4)} ({_over(row)}{clear}). {second} alone is right "
         f"on {row.only_second:.0f} test chips, {first} alone on {row.only_first:.0f}."
     )
 
@@ -159,7 +159,8 @@ def in_a_word(row) -> str:
     return "Not clearly"
 
 
-def _signed(entry, digits: int) -> str:
+def signed(entry, digits: int) -> str:
+    """A difference with its sign and interval, `+0.010 [-0.002, +0.031]`."""
     value, low, high = (f"{entry[name]:+.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 

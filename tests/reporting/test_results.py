@@ -7,8 +7,9 @@ from dataclasses import replace
 import nbformat
 import pytest
 
+from helpers.evaluation.evidence_records import published_evidence
 from helpers.records import ROOT
-from tools import results
+from tools import evidence_pages, results
 
 LINKED = re.compile(r"(?:\| |\*\* \| )?([^|]*?) \(\[shown here\]\(([^#)]+)#([^)]+)\)\)")
 
@@ -23,6 +24,8 @@ def test_every_page_says_what_the_records_say(sets):
     for name, parts in results.pages(sets).items():
         page = (ROOT / name).read_text()
         assert results.renew(page, parts) == page, name
+    for name, text in evidence_pages.results(sets, published_evidence()).items():
+        assert (ROOT / name).read_text() == text, name
 
 
 def section_text(path, anchor):

@@ -1,0 +1,333 @@
+"""What is kept of a task's evidence: one record and one file of predictions, and their summary.
+
+Tables, figures and sentences come from these two files alone.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from helpers import InputError
+from helpers.evaluation.baselines import (
+    acquisition_statistics,
+    baselines,
+    read_baseline_predictions,
+)
+from helpers.evaluation.evidence import Collection
+from helpers.evaluation.matching import imbalance, matched_pairs
+from helpers.evaluation.seeds import Draws, method_gains, method_means, test_draws
+from helpers.evaluation.task import REFERENCE, Trial
+from helpers.metrics import over_seeds
+from helpers.records import ROOT, environment, write_json, written_whole
+from helpers.training.runs import Run
+
+PUBLISHED = ROOT / "reports" / "evidence"
+SHOWN = ("accuracy", "auroc")
+TRIVIAL = ("majority class", "colour statistics", "acquisition statistics")  # know no shapes
+_PLACE = ["longitude", "latitude"]  # degrees, where a manifest has them
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A task's record and predictions.
+
+    Args:
+        record: as JSON has it (`gather`).
+        predictions: as in a run's, with `run` and `pair` (of chips with a like acquisition).
+    """
+
+    record: dict[str, Any]
+    predictions: pd.DataFrame
+
+    @cached_property
+    def _tables(self) -> dict[str, pd.DataFrame]:
+        return {
+            name: rows.drop(columns="run").reset_index(drop=True)
+            for name, rows in self.predictions.groupby("run", sort=False, observed=True)
+        }
+
+    def runs(self, fraction: float = 1.0, random_split: bool = False) -> dict[tuple, Run]:
+        """Runs by method and seed, as `seeds.method_means` takes them."""
+        return {
+            (entry["method"], entry["seed"]): Run(
+                None, None, pd.DataFrame(), self._tables[entry["run"]], entry
+            )
+            for entry in self.record["runs"]
+            if (entry["train_fraction"], entry["random_split"]) == (fraction, random_split)
+        }
+
+    def trivial(self) -> dict[str, pd.DataFrame]:
+        """Test predictions of what knows no shapes, by name."""
+        return {name: self._tables[name] for name in TRIVIAL}
+
+
+def read_evidence(name: str, folder: Path = PUBLISHED) -> Evidence:
+    """The two files of a task.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    path = folder / f"{name}.json"
+    try:
+        record = json.loads(path.read_text())
+        return Evidence(record, pd.read_parquet(path.with_suffix(".parquet")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no evidence ({error}); make evidence writes it") from error
+
+
+def published_evidence(folder: Path = PUBLISHED) -> dict[str, Evidence]:
+    """The evidence on every task, by name."""
+    return {path.stem: read_evidence(path.stem, folder) for path in sorted(folder.glob("*.json"))}
+
+
+def gather(collection: Collection, folder: Path = PUBLISHED) -> Evidence:
+    """Write what a collection has done so far: `<task>.parquet`, then `<task>.json`.
+
+    Args:
+        collection: with its learning rates chosen.
+        folder: of the two files.
+
+    Returns:
+        What was written.
+    """
+    task, data = collection.task, collection.data
+    done = collection.published()
+    trial = next(iter(done))
+    config = collection.config(trial)
+    of_data = baselines(config, data, collection.report)
+    tables = {trial.name: run.predictions for trial, run in done.items()}
+    tables |= read_baseline_predictions(config)
+    predictions = pd.concat([table.assign(run=name) for name, table in tables.items()])
+    predictions["run"] = predictions["run"].astype("category")
+    test = data.manifest[data.manifest.split == "test"]
+    grouped = data.manifest[data.manifest.group != ""]
+    record = {
+        "task": task.name,
+        "settings": task.model_dump(mode="json"),
+        "data_fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "chips": data.manifest["split"].value_counts().to_dict(),
+        "places": grouped.groupby("split").group.nunique().to_dict(),
+        "leaks": data.leaks,
+        "backbone": config.label,
+        "choices": {method: asdict(choice) for method, choice in collection.choices.items()},
+        "trials": [
+            row | {"chosen": collection.choices[row["method"]].rate == row["learning_rate"]}
+            for row in collection.trials
+        ],
+        "baselines": of_data["test"],
+        "runs": [
+            entry(trial, run, collection.is_measured(trial), collection.config(trial).epochs)
+            for trial, run in done.items()
+        ],
+        "missing": len(collection.left),
+        "environment": environment(),
+    }
+    if set(_PLACE) <= set(test):
+        where = test.groupby("group").agg(
+            chips=("split", "size"), **{n: (n, "median") for n in _PLACE}
+        )
+        record["where"] = where.reset_index().to_dict("records")
+    if task.match_acquisition:
+        statistics = acquisition_statistics(data.dataset("test", config.image_size))
+        pairs = matched_pairs(test["target"].to_numpy(), statistics)
+        record["matching"] = matching_entry(test["target"].to_numpy(), statistics, pairs)
+        numbers = dict(zip(test["img_path"], pairs, strict=True))
+        predictions["pair"] = predictions["img_path"].map(numbers).fillna(-1).astype("int32")
+    evidence = Evidence(record, predictions.reset_index(drop=True))
+    record["summary"] = summarise(evidence)
+    with written_whole(folder / f"{task.name}.parquet") as part:
+        predictions.to_parquet(part, index=False, compression="zstd")
+    write_json(folder / f"{task.name}.json", record)
+    return evidence
+
+
+def matching_entry(targets: np.ndarray, statistics: np.ndarray, pairs: np.ndarray) -> dict:
+    """How many pairs there are, and how far apart the classes' statistics lie before and after."""
+    chosen = pairs >= 0
+    after = imbalance(targets[chosen], statistics[chosen]) if any(chosen) else None
+    before = imbalance(targets, statistics)
+    return {
+        "pairs": int(chosen.sum()) // 2,
+        "imbalance_before": before,
+        "imbalance_after": after,
+    }
+
+
+def entry(trial: Trial, run: Run, measured: bool, most_epochs: int) -> dict[str, Any]:
+    """What a record keeps of a run.
+
+    `seconds` are those of all epochs and of the frozen part before them; memory is kept of runs
+    in a process of their own; `stopped` says that validation had stopped improving.
+    """
+    record, history = run.record, run.history
+    config, machine = record["config"], record["environment"]["machine"]
+    adapts = record["method"] not in ("head_only", "full")
+    frozen = (record.get("tokens") or {}).get("seconds", 0.0)
+    if rate := record.get("features_per_second"):
+        frozen = (record["chips"]["train"] + record["chips"]["valid"]) / rate
+    return {
+        "run": trial.name,
+        "method": trial.method,
+        "learning_rate": trial.rate,
+        "seed": trial.seed,
+        "train_fraction": trial.fraction,
+        "random_split": trial.random_split,
+        "k": config["adapted_blocks"],
+        "rank": config["lora_rank"] if adapts else None,
+        "layers": "+".join(config["lora_targets"]) if adapts else None,
+        "train_chips": record["chips"]["train"],
+        "best_epoch": record["best_epoch"],
+        "epochs": record["epochs_trained"],
+        "stopped": record["epochs_trained"] < most_epochs,
+        "trained_parameters": record["parameters"]["trainable"],
+        "seconds": round(float(history.seconds.sum() + frozen), 2),
+        "memory_bytes": int(history.peak_memory_bytes.max()) if measured else None,
+        "valid": record["valid"],
+        "test": record["test"],
+        "failure": record["failure"],
+        "data_fingerprint": record["data_fingerprint"],
+        "weights_digest": record["weights_digest"],
+        "machine": machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}",
+        "commit": record["environment"]["git_commit"],
+    }
+
+
+# --- Summaries: means and differences over seeds, with intervals over places ----------------------
+
+
+def summarise(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
+    """Tables, as lists of rows, of all that the predictions say.
+
+    Returns:
+        `means` (`seeds.method_means`), `validation` (mean accuracy and AUROC over seeds), `gains`
+        (`seeds.method_gains` with `metric`), `shares` (the gain over the head by share of the
+        training chips), `random_split` (how much better a split that mixes places looks), `where`
+        (accuracy by test place and method) and `matched` (on pairs of a like acquisition).
+    """
+    main = evidence.runs()
+    draws = _draws(main.values())
+    by_pair = {pair: draws[run.record["run"]] for pair, run in main.items()}
+    tables = {
+        "means": method_means(main, by_pair, SHOWN),
+        "validation": _validation(evidence),
+        "gains": pd.concat(
+            [method_gains(main, by_pair, metric).assign(metric=metric) for metric in SHOWN]
+        ),
+        "shares": _shares(evidence, by_pair),
+        "random_split": _mixed(evidence, by_pair),
+        "where": _where(evidence),
+        "matched": _matched(evidence),
+    }
+    return {name: _rows(table) for name, table in tables.items()}
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return json.loads(table.round(6).to_json(orient="records"))
+
+
+def _draws(runs: Iterable[Run]) -> dict[str, Draws]:
+    return {run.record["run"]: test_draws(run.test_predictions) for run in runs}
+
+
+def _validation(evidence: Evidence) -> pd.DataFrame:
+    """Mean accuracy and AUROC on validation: method, metric, value."""
+    table = pd.DataFrame(
+        {"method": method, "metric": metric, "value": run.record["valid"][metric]["value"]}
+        for (method, _), run in evidence.runs().items()
+        for metric in SHOWN
+    )
+    return table.groupby(["method", "metric"], sort=False).value.mean().reset_index()
+
+
+def _shares(evidence: Evidence, of_all: dict[tuple, Draws]) -> pd.DataFrame:
+    """AUROC gain over the head for every share of the training chips, with `train_chips`."""
+    settings = evidence.record["settings"]
+    tables = []
+    for fraction in [*settings["fractions"], 1.0]:
+        runs = {
+            p: r for p, r in evidence.runs(fraction).items() if p[0] in settings["fraction_methods"]
+        }
+        draws = of_all
+        if fraction < 1:
+            found = _draws(runs.values())
+            draws = {pair: found[run.record["run"]] for pair, run in runs.items()}
+        if not runs:
+            continue
+        table = method_gains(runs, draws)
+        if not table.empty:
+            chips = next(iter(runs.values())).record["train_chips"]
+            table = table[table["first"] == REFERENCE]
+            tables.append(table.assign(fraction=fraction, train_chips=chips))
+    return pd.concat(tables) if settings["fractions"] and tables else pd.DataFrame()
+
+
+def _mixed(evidence: Evidence, held_out: dict[tuple, Draws]) -> pd.DataFrame:
+    """AUROC on splits that mix places, by method, and its difference to places held out.
+
+    The intervals of the mixed ones are over chips, as whoever mixes would report them.
+    """
+    runs = evidence.runs(random_split=True)
+    found = _draws(runs.values())
+    rows = []
+    for method in dict.fromkeys(method for method, _ in runs):
+        seeds = [seed for m, seed in runs if m == method and (m, seed) in held_out]
+        mixed = [found[runs[method, seed].record["run"]]["auroc"] for seed in seeds]
+        apart = [held_out[method, seed]["auroc"] for seed in seeds]
+        values = {"mixed": over_seeds(mixed), "held_out": over_seeds(apart)}
+        gains = [one - other for one, other in zip(mixed, apart, strict=True)]
+        values[""] = over_seeds(gains)
+        rows.append(
+            {"method": method, "seeds": len(seeds)}
+            | {
+                f"{name}_{end}" if name else end: number
+                for name, numbers in values.items()
+                for end, number in numbers.items()
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _where(evidence: Evidence) -> pd.DataFrame:
+    """Accuracy, mean over seeds, by method and test place, with the place's coordinates."""
+    where = pd.DataFrame(evidence.record.get("where", []))
+    if where.empty:
+        return where
+    tables = []
+    for (method, seed), run in evidence.runs().items():
+        chips = run.test_predictions
+        right = (chips.predicted == chips.target).groupby(chips.group).mean()
+        tables.append(right.rename("accuracy").reset_index().assign(method=method, seed=seed))
+    means = pd.concat(tables).groupby(["method", "group"], sort=False).accuracy.mean().reset_index()
+    return means.merge(where, on="group")
+
+
+def _matched(evidence: Evidence) -> pd.DataFrame:
+    """AUROC of every method, and of the acquisition alone, on pairs of a like acquisition."""
+    if not evidence.record.get("matching", {}).get("pairs"):
+        return pd.DataFrame()
+    runs = {pair: _paired(run) for pair, run in evidence.runs().items()}
+    name = TRIVIAL[-1]
+    alone = Run(None, None, pd.DataFrame(), evidence.trivial()[name], {"run": name})
+    runs |= {(name, 0): _paired(alone)}
+    draws = {pair: test_draws(run.predictions) for pair, run in runs.items()}
+    return method_means(runs, draws, ("auroc",))
+
+
+def _paired(run: Run) -> Run:
+    """A run's test predictions of the chips that have a pair."""
+    chips = run.test_predictions
+    return replace(run, predictions=chips[chips.pair >= 0].reset_index(drop=True))
+
+
+def best_trivial(evidence: Evidence) -> tuple[str, dict[str, dict[str, float]]]:
+    """The strongest baseline by AUROC, and its metrics."""
+    entries = evidence.record["baselines"]
+    name = max(entries, key=lambda name: entries[name]["auroc"]["value"])
+    return name, entries[name]

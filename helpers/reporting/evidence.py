@@ -1,0 +1,241 @@
+"""Tables and sentences on the evidence of several tasks, from their records alone."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+
+from helpers.evaluation.evidence_records import Evidence, best_trivial
+from helpers.evaluation.task import REFERENCE
+from helpers.metrics import with_interval
+from helpers.reporting.answers import in_a_word, signed
+from helpers.reporting.tables import markdown
+
+LORA = "lora"  # the row that the question of LoRA is answered with
+FEW_PLACES = 10
+"""Test places below which an interval over places is called uncertain itself: percentile intervals
+of so few clusters are too narrow (Cameron, Gelbach and Miller 2008, doi 10.1162/rest.90.3.414)."""
+NOTHING_YET = "No task has been run yet; `make evidence` does it."
+
+
+def verdict(row: dict[str, Any], places: int) -> str:
+    """The word for a paired difference; none where the data name no places."""
+    if row["unit"] != "places":
+        return "no places are named, so no verdict"
+    word = in_a_word(SimpleNamespace(**row))
+    return f"{word} ({places} places only)" if places < FEW_PLACES else word
+
+
+def _summary(evidence: Evidence, table: str, **columns: Any) -> list[dict[str, Any]]:
+    """The rows of a summary's table that have these values."""
+    return [
+        row
+        for row in evidence.record["summary"][table]
+        if all(row[name] == value for name, value in columns.items())
+    ]
+
+
+def gain_over_head(evidence: Evidence, method: str) -> dict[str, Any] | None:
+    """The AUROC gain of a row over the head, of `summary.gains`; None without one."""
+    rows = _summary(evidence, "gains", first=REFERENCE, second=method, metric="auroc")
+    return rows[0] if rows else None
+
+
+def _test_places(evidence: Evidence) -> int:
+    return evidence.record["places"].get("test", 0)
+
+
+def _name(evidence: Evidence) -> str:
+    seen = "seen" if evidence.record["settings"]["seen"] else "not seen"
+    return f"{evidence.record['task']}, {seen}"
+
+
+def methods_of(evidence: Evidence) -> list[str]:
+    """Rows of the table, in order."""
+    return list(dict.fromkeys(row["method"] for row in evidence.record["summary"]["means"]))
+
+
+def tasks_table(found: dict[str, Evidence]) -> str:
+    """Every task and method: test beside validation, the difference to the head, and the cost."""
+    lines = []
+    for evidence in found.values():
+        record = evidence.record
+        name, trivial = best_trivial(evidence)
+        cells = [_places_first(trivial[metric]) for metric in ("accuracy", "auroc")]
+        lines.append((_name(evidence), name, *cells, *"------"))
+        for method in methods_of(evidence):
+            tests = [
+                _summary(evidence, "means", method=method, metric=metric)[0]
+                for metric in ("accuracy", "auroc")
+            ]
+            valid = _summary(evidence, "validation", method=method, metric="auroc")[0]["value"]
+            gain = gain_over_head(evidence, method)
+            runs = [run for (row, _), run in evidence.runs().items() if row == method]
+            measured = runs[0].record
+            lines.append(
+                (
+                    "",
+                    f"`{method}`, {tests[0]['seeds']} seeds",
+                    *(with_interval(row, 3) for row in tests),
+                    f"{valid:.3f}",
+                    signed(gain, 4) if gain else "-",
+                    verdict(gain, _test_places(evidence)) if gain else "-",
+                    f"{measured['trained_parameters']:,}",
+                    f"{measured['seconds']:.3g}",
+                    f"{measured['memory_bytes'] / 1e6:,.0f}",
+                )
+            )
+        if record["missing"]:
+            lines.append((f"{record['missing']} runs to come", *"---------"))
+    header = ("task, by the backbone", "method", "test accuracy", "test AUROC",
+              "AUROC on validation", "AUROC ahead of the head", "better?", "trained",
+              "seconds", "peak MB")  # fmt: skip
+    return markdown(header, lines) if lines else NOTHING_YET
+
+
+def _places_first(entry: dict[str, float]) -> str:
+    """A metric of a record with its interval over places where there is one."""
+    return with_interval({end: entry.get(f"group_{end}", entry[end]) for end in entry}, 3)
+
+
+def rates_table(found: dict[str, Evidence]) -> str:
+    """How the learning rates were chosen: the lowest validation loss of the first seed."""
+    lines = []
+    for name, evidence in found.items():
+        for method, choice in evidence.record["choices"].items():
+            tried = [t for t in evidence.record["trials"] if t["method"] == method]
+            losses = [
+                f"{t['learning_rate']:g}: "
+                + (f"{t['valid_loss']:.4f}" if not t["failure"] else "diverged")
+                for t in sorted(tried, key=lambda trial: trial["learning_rate"])
+            ]
+            edge = "on the edge still" if choice["on_edge"] else "inside"
+            runs = [r for r in evidence.record["runs"] if r["method"] == method]
+            stopped = sum(run["stopped"] for run in runs)
+            lines.append(
+                (name, f"`{method}`", "; ".join(losses), f"{choice['rate']:g}",
+                 f"{edge}, extended {choice['extended']} times", f"{stopped} of {len(runs)}")
+            )  # fmt: skip
+    header = ("task", "method", "learning rate: validation loss", "chosen", "in its grid",
+              "runs that validation stopped")  # fmt: skip
+    return markdown(header, lines) if lines else NOTHING_YET
+
+
+def shares_table(found: dict[str, Evidence]) -> str:
+    """AUROC gain over the head by number of training chips."""
+    lines = [
+        (
+            _name(evidence),
+            f"`{row['second']}`",
+            f"{row['train_chips']:,} ({row['fraction']:.0%})",
+            signed(row, 4),
+            verdict(row, _test_places(evidence)),
+        )
+        for evidence in found.values()
+        for row in evidence.record["summary"]["shares"]
+    ]
+    header = ("task, by the backbone", "method", "training chips", "AUROC ahead of the head",
+              "better?")  # fmt: skip
+    return markdown(header, lines) if lines else NOTHING_YET
+
+
+def random_split_table(found: dict[str, Evidence]) -> str:
+    """AUROC where places lie in several splits, beside places held out."""
+    lines = []
+    for name, evidence in found.items():
+        for row in evidence.record["summary"]["random_split"]:
+            cells = [
+                with_interval({end: row[f"{kind}_{end}"] for end in ("value", "low", "high")}, 3)
+                for kind in ("held_out", "mixed")
+            ]
+            optimism = "optimistic" if row["low"] > 0 else "not clearly optimistic"
+            lines.append((name, f"`{row['method']}`", *cells, signed(row, 3), optimism))
+    header = ("task", "method", "places held out", "places mixed", "difference", "mixing is")
+    return markdown(header, lines) if lines else NOTHING_YET
+
+
+def matched_sentence(evidence: Evidence) -> str:
+    """What is left of a task on pairs of chips that the acquisition does not tell apart."""
+    matching = evidence.record["matching"]
+    if not matching["pairs"]:
+        return "No two chips of the two classes have a like acquisition."
+    rows = evidence.record["summary"]["matched"]
+    before = {
+        row["method"]: row["value"] for row in _summary(evidence, "means", metric="auroc")
+    } | {name: entry["auroc"]["value"] for name, entry in evidence.record["baselines"].items()}
+    parts = [
+        f"{r['method']} {with_interval(r)} (all chips: {before[r['method']]:.3f})" for r in rows
+    ]
+    return (
+        f"On {matching['pairs']} pairs of a chip of each class with a like acquisition (largest "
+        f"difference of a statistic {matching['imbalance_before']:.2f} standard deviations before, "
+        f"{matching['imbalance_after']:.2f} after), AUROC: {'; '.join(parts)}."
+    )
+
+
+def task_sentence(evidence: Evidence) -> str:
+    """What a task says of LoRA, and where validation would have chosen otherwise."""
+    said = f"{evidence.record['settings']['title']}: "
+    gain = gain_over_head(evidence, LORA)
+    if gain:
+        word = verdict(gain, _test_places(evidence))
+        over = f"95 % over {gain['unit']} and {gain['seeds']} seeds"
+        said += f"does LoRA improve on the head? {word}: AUROC {signed(gain, 4)} ({over}). "
+    return said + ranking_sentence(evidence)
+
+
+def ranking_sentence(evidence: Evidence) -> str:
+    """Whether validation and test put the methods in the same order, by mean AUROC."""
+    test = {r["method"]: r["value"] for r in _summary(evidence, "means", metric="auroc")}
+    valid = {r["method"]: r["value"] for r in _summary(evidence, "validation", metric="auroc")}
+    orders = [sorted(values, key=values.get, reverse=True) for values in (valid, test)]
+    if orders[0] == orders[1]:
+        return "Validation and test rank the methods alike."
+    return f"Validation ranks {' > '.join(orders[0])}; test {' > '.join(orders[1])}."
+
+
+def when_lora_pays(found: dict[str, Evidence]) -> str:
+    """One sentence over all tasks: where LoRA is clearly ahead, by what the backbone has seen."""
+    words: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
+    for name, evidence in found.items():
+        gain = gain_over_head(evidence, LORA)
+        if gain and gain["unit"] == "places":
+            word = in_a_word(SimpleNamespace(**gain))
+            kind = {"Yes": "ahead", "No, it is worse": "behind"}.get(word, "not clearly different")
+            words[evidence.record["settings"]["seen"]].setdefault(kind, []).append(name)
+    parts = []
+    for seen, kinds in words.items():
+        if kinds:
+            said = ", ".join(f"{kind} on {', '.join(names)}" for kind, names in kinds.items())
+            parts.append(f"where the backbone has {'' if seen else 'not '}seen the chips: {said}")
+    return f"LoRA against the head, {'; '.join(parts)}." if parts else NOTHING_YET
+
+
+def sources(found: dict[str, Evidence]) -> str:
+    """Where the chips come from, and what the backbone has seen of them."""
+    return "\n".join(
+        f"- **{name}**: {settings['title']}. {settings['citation']} Licence: {settings['licence']} "
+        f"Backbone: {settings['seen_note']}"
+        for name, settings in ((n, e.record["settings"]) for n, e in found.items())
+    )
+
+
+def shares_of(found: dict[str, Evidence]) -> pd.DataFrame:
+    """What `evidence_plots.gain_by_chips` draws: `summary.shares` with `task` and `seen`."""
+    tables = [
+        pd.DataFrame(evidence.record["summary"]["shares"]).assign(
+            task=name, seen=evidence.record["settings"]["seen"]
+        )
+        for name, evidence in found.items()
+        if evidence.record["summary"]["shares"]
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def means_of(found: dict[str, Evidence]) -> pd.DataFrame:
+    """What `evidence_plots.methods_by_task` draws: `summary.means` with `task`."""
+    tables = [
+        pd.DataFrame(evidence.record["summary"]["means"]).assign(task=name)
+        for name, evidence in found.items()
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

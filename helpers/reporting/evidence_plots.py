@@ -1,0 +1,92 @@
+"""Figures of the evidence on several tasks, from tables computed elsewhere.
+
+Whatever is told apart by colour has a marker and a line of its own too, for grey prints.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from helpers.reporting.plots import PAGE, PALETTE, method_styles, titled
+
+_MARKERS = "osDv^P"
+_LINES = ("-", "--", "-.", ":")
+
+
+def gain_by_chips(rows: pd.DataFrame, title: str) -> Figure:
+    """AUROC gain over the head against training chips, a line a task and method, bands of 95 %.
+
+    Args:
+        rows: `task`, `seen`, `second` (the method), `train_chips`, `value`, `low`, `high`; hollow
+            markers where the backbone has not seen the chips.
+        title: names the backbone.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE, 4.2))
+    for number, ((task, method), line) in enumerate(rows.groupby(["task", "second"], sort=False)):
+        line = line.sort_values("train_chips")
+        seen, colour = bool(line.seen.iloc[0]), PALETTE[number % len(PALETTE)]
+        axis.fill_between(line.train_chips, line.low, line.high, color=colour, alpha=0.13)
+        axis.plot(
+            line.train_chips, line.value, color=colour, linestyle=_LINES[number % 4],
+            marker=_MARKERS[number % 6], markerfacecolor=colour if seen else "white",
+            label=f"{task}, {method} ({'seen' if seen else 'not seen'})",
+        )  # fmt: skip
+    axis.axhline(0, color="0.3", linewidth=1)
+    axis.set(xscale="log", xlabel="training chips", ylabel="test AUROC ahead of the head")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return titled(figure, title)
+
+
+def methods_by_task(means: pd.DataFrame, title: str) -> Figure:
+    """Test AUROC of every method with its interval, a panel a task.
+
+    Args:
+        means: `task` and the columns of `seeds.method_means`.
+        title: names the backbone.
+    """
+    rows = means[means.metric == "auroc"]
+    tasks, methods = list(dict.fromkeys(rows.task)), list(dict.fromkeys(rows.method))
+    styles = method_styles(methods)
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(PAGE * 1.1, 1.2 + 0.32 * len(methods)), sharey=True, squeeze=False
+    )
+    for axis, task in zip(axes.flat, tasks, strict=True):
+        for row in rows[rows.task == task].itertuples():
+            height = len(methods) - 1 - methods.index(row.method)
+            ends = np.abs([[row.low - row.value], [row.high - row.value]])
+            axis.errorbar(
+                row.value, height, xerr=ends, capsize=2, markersize=5,
+                **styles[row.method] | {"linestyle": ""},
+            )  # fmt: skip
+        axis.set_title(task, fontsize=9)
+        axis.set(yticks=range(len(methods)), yticklabels=methods[::-1], xlabel="test AUROC")
+        axis.tick_params(axis="x", labelsize=7, rotation=45)
+        axis.margins(y=0.12)
+    return titled(figure, title)
+
+
+def places_map(where: pd.DataFrame, title: str) -> Figure:
+    """Test places where they lie, with their accuracy; the area of a circle is their chips.
+
+    Args:
+        where: `group`, `chips`, `longitude`, `latitude` (degrees), `accuracy` of one method.
+        title: names the task and the method.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.7, 4.6))
+    drawn = axis.scatter(
+        where.longitude, where.latitude, s=30 + 900 * where.chips / where.chips.max(),
+        c=where.accuracy, cmap="cividis", edgecolor="0.2", alpha=0.85,
+    )  # fmt: skip
+    for row in where.itertuples():
+        axis.annotate(
+            f"{row.accuracy:.2f}", (row.longitude, row.latitude), xytext=(0, -14),
+            textcoords="offset points", ha="center", fontsize=7,
+        )  # fmt: skip
+    # A degree of longitude is shorter than one of latitude by the cosine of the latitude.
+    axis.set_aspect(1 / np.cos(np.deg2rad(where.latitude.mean())))
+    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
+    axis.margins(0.12)
+    figure.colorbar(drawn, label="accuracy, mean over seeds")
+    return titled(figure, title)

@@ -1,0 +1,121 @@
+"""Every published number in one tidy table: a row is one metric of one run on one split."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from helpers.evaluation.evidence_records import SHOWN, TRIVIAL, Evidence
+from helpers.metrics import METRICS
+from helpers.training.runs import Run
+
+COLUMNS = (
+    "study", "task", "run", "method", "k", "rank", "layers", "seed", "train_chips",
+    "train_fraction", "places", "split", "metric", "value", "group_low", "group_high", "seconds",
+    "memory_bytes", "trained_parameters", "machine", "commit",
+)  # fmt: skip
+"""`study` is where the runs come from (`sources` of the results page); `k` the last blocks that
+were adapted, none for all; `seed` is `mean` for the mean over seeds; `places` says whether the
+splits hold whole places (`held out`) or mix them (`mixed`). Intervals are over places."""
+
+
+def evidence_rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """Rows of a task's evidence: all runs, the baselines, and the means over seeds."""
+    record = evidence.record
+    common = {"study": "evidence", "task": record["task"]}
+    rows = baseline_rows(common, record["baselines"])
+    rows += mean_rows(common, record["summary"]["means"])
+    for entry in record["runs"]:
+        facts = {name: entry.get(name) for name in COLUMNS if name in entry}
+        places = "mixed" if entry["random_split"] else "held out"
+        rows += run_rows(common | facts | {"places": places}, entry)
+    return rows
+
+
+def comparison_rows(
+    task: str, runs: dict[str, Run], measured: Iterable[str], means: pd.DataFrame, trivial: dict
+) -> list[dict[str, Any]]:
+    """Rows of a comparison: all runs, the baselines, and the means over seeds of the main runs.
+
+    Args:
+        task: name of the data.
+        runs: of `comparison.read_runs`.
+        measured: names of the runs that trained in a process of their own.
+        means: of `seeds.method_means`.
+        trivial: metrics of the baselines, by name.
+    """
+    common = {"study": "comparison", "task": task}
+    rows = baseline_rows(common, trivial) + mean_rows(common, means.to_dict("records"))
+    for name, run in runs.items():
+        record, config = run.record, run.record["config"]
+        machine, adapts = (
+            record["environment"]["machine"],
+            record["method"] not in ("head_only", "full"),
+        )
+        facts = {
+            "run": name,
+            "method": record["method"],
+            "k": config["adapted_blocks"],
+            "rank": config["lora_rank"] if adapts else None,
+            "layers": "+".join(config["lora_targets"]) if adapts else None,
+            "seed": config["seed"],
+            "train_chips": record["chips"]["train"],
+            "train_fraction": config["train_fraction"],
+            "places": "held out",
+            "seconds": round(float(run.history.seconds.sum()), 2),
+            "memory_bytes": int(run.history.peak_memory_bytes.max()) if name in measured else None,
+            "trained_parameters": record["parameters"]["trainable"],
+            "machine": machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}",
+            "commit": record["environment"]["git_commit"],
+        }
+        rows += run_rows(common | facts, record)
+    return rows
+
+
+def run_rows(facts: dict[str, Any], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """All test metrics of a run, and accuracy and AUROC on validation where the record has them."""
+    rows = [facts | {"split": "test"} | _metric(record["test"], name) for name in METRICS]
+    if "valid" in record:
+        rows += [facts | {"split": "valid"} | _metric(record["valid"], name) for name in SHOWN]
+    return rows
+
+
+def baseline_rows(common: dict[str, Any], entries: dict[str, dict]) -> list[dict[str, Any]]:
+    """Accuracy and AUROC of what knows no shapes, on the test split."""
+    facts = common | {"places": "held out", "split": "test"}
+    return [
+        facts | {"method": name, "run": name} | _metric(entries[name], metric)
+        for name in TRIVIAL
+        for metric in SHOWN
+    ]
+
+
+def mean_rows(common: dict[str, Any], means: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds on the test split, with intervals over places where there are some."""
+    rows = []
+    for row in means:
+        ends = {"group_low": row["low"], "group_high": row["high"]}
+        facts = {"method": row["method"], "seed": "mean", "places": "held out", "split": "test"}
+        numbers = {"metric": row["metric"], "value": row["value"]}
+        rows.append(common | facts | numbers | (ends if row["unit"] == "places" else {}))
+    return rows
+
+
+def _metric(entries: dict[str, dict], name: str) -> dict[str, Any]:
+    entry = entries[name]
+    ends = {end: entry.get(end) for end in ("group_low", "group_high")}
+    return {"metric": name, "value": entry["value"], **ends}
+
+
+def results_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows as a table of COLUMNS; whole numbers stay whole where some are missing."""
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    for name in ("k", "rank", "train_chips", "memory_bytes", "trained_parameters"):
+        table[name] = table[name].astype("Int64")
+    table["seed"] = table["seed"].map(lambda seed: "" if pd.isna(seed) else str(seed))
+    return table
+
+
+def csv(table: pd.DataFrame) -> str:
+    """The table as the text of its file."""
+    return table.to_csv(index=False, float_format="%.6g")

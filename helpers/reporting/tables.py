@@ -1,0 +1,7 @@
+"""Markdown tables."""
+
+
+def markdown(header: tuple[str, ...], rows: list[tuple]) -> str:
+    """A Markdown table."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

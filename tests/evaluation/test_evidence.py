@@ -1,0 +1,322 @@
+"""The evidence on a task: its plan, its learning rates, going on, and what is kept of it."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from helpers import InputError
+from helpers.evaluation import evidence, evidence_records
+from helpers.evaluation.matching import CALIPER, imbalance, matched_pairs
+from helpers.evaluation.task import Task, Trial, grid, planned, run_config
+from helpers.records import ROOT
+from helpers.training import jobs
+from helpers.training.methods import train
+from helpers.training.runs import save_run
+from tests.evidence_numbers import check_numbers
+from tests.fake_data import manifest_rows
+from tests.models.common import refusal
+
+TASK = {
+    "title": "bright noise or dark",
+    "seen": False,
+    "seen_note": "nothing of it",
+    "citation": "made here",
+    "licence": "none",
+    "training": {"image_size": 28, "epochs": 2, "patience": 2, "batch_size": 16, "device": "cpu"},
+    "methods": {
+        "head_only": {"method": "head_only", "learning_rates": [0.01, 0.03, 0.1]},
+        "lora_last1": {
+            "method": "lora",
+            "learning_rates": [0.0003, 0.001, 0.003],
+            "changes": {"adapted_blocks": 1},
+            "seeds": 2,
+        },
+    },
+    "seeds": [0, 1, 2],
+    "fractions": [0.5],
+    "fraction_methods": ["head_only", "lora_last1"],
+    "random_split_methods": ["head_only"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Noise that is hard to tell apart, in six places a split."""
+    folder = tmp_path_factory.mktemp("evidence")
+    rows = manifest_rows(folder / "noise", counts={"train": 12, "valid": 6, "test": 12})
+    rows["group"] = rows.split + "_" + (rows.groupby("split").cumcount() % 6).astype(str)
+    rows = rows.assign(longitude=rows.groupby("split").cumcount() / 10.0, latitude=30.0)
+    rows.to_csv(folder / "noise" / "manifest.csv", index=False)
+    return folder
+
+
+def task_of(folder, **changes):
+    training = TASK["training"] | {"data_path": str(folder / "noise")}
+    return Task.checked(**TASK | {"name": "noise", "training": training} | changes)
+
+
+@pytest.fixture(scope="module")
+def in_this_process():
+    """Runs of their own process train here: to start one takes seconds."""
+
+    def alone(config, data, report):
+        save_run(config, train(config, data, report))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "train_alone", alone)
+        yield
+
+
+def collected(task, folder, name):
+    """What a collection says and leaves behind."""
+    lines = []
+    collection = evidence.Collection(task, folder / "runs", lines.append)
+    collection.announce()
+    collection.collect(lambda done: evidence_records.gather(done, folder / name))
+    return lines, evidence_records.read_evidence("noise", folder / name)
+
+
+@pytest.fixture(scope="module")
+def twice(folder, in_this_process):
+    """A collection that was stopped in its tenth training, the one that went on, and a third."""
+    task, count = task_of(folder), itertools.count(1)
+
+    def stopped(*arguments, **options):
+        if next(count) == 10:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "train", stopped)
+        patch.setattr(f"{__name__}.train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            collected(task, folder, "records")
+    assert not (folder / "records").exists()
+    return collected(task, folder, "records"), collected(task, folder, "again")
+
+
+def test_it_goes_on_where_it_was_stopped(twice, folder):
+    (lines, found), (again, same) = twice
+    assert sum("finished before" in line for line in lines) == 9
+    assert all("finished before" in line for line in again[1:])
+    assert lines[0].startswith("noise: 16 runs planned on 24 training, 12 validation and 24 test")
+    done = len(lines) - 1
+    assert lines[-1].startswith(f"[{done}/{done}] head_only_") and done >= 16
+    assert found.record["summary"] == same.record["summary"]
+    pd.testing.assert_frame_equal(found.predictions, same.predictions)
+
+
+def test_every_number_of_the_record_comes_from_the_predictions(twice):
+    found = twice[0][1]
+    check_numbers(found)
+    entry = found.record["runs"][0]
+    entry["test"]["auroc"]["value"] += 0.01
+    with pytest.raises(AssertionError):
+        check_numbers(found)
+    entry["test"]["auroc"]["value"] -= 0.01
+
+
+def test_the_record_holds_every_planned_run_and_the_chosen_rates(twice):
+    record = twice[0][1].record
+    rates = {method: choice["rate"] for method, choice in record["choices"].items()}
+    for run in record["runs"]:
+        assert run["learning_rate"] == rates[run["method"]]
+    chosen = [(t["method"], t["learning_rate"]) for t in record["trials"] if t["chosen"]]
+    assert dict(chosen) == rates and len(chosen) == len(rates)
+    for method, rate in rates.items():
+        losses = {
+            t["learning_rate"]: t["valid_loss"] for t in record["trials"] if t["method"] == method
+        }
+        assert min(losses, key=losses.get) == rate and len(losses) >= 3
+    kinds = [(r["method"], r["train_fraction"], r["random_split"]) for r in record["runs"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        ("head_only", 1.0, False): 3, ("lora_last1", 1.0, False): 2,
+        ("head_only", 0.5, False): 3, ("lora_last1", 0.5, False): 2, ("head_only", 1.0, True): 3,
+    }  # fmt: skip
+    assert record["missing"] == 0
+    measured = [run["run"] for run in record["runs"] if run["memory_bytes"]]
+    assert [name.split("_lr")[0] for name in measured] == ["head_only", "lora_last1"]
+    assert {run["train_chips"] for run in record["runs"]} == {12, 24}
+
+
+def test_the_summary_has_a_row_for_every_question(twice):
+    summary = twice[0][1].record["summary"]
+    assert {row["unit"] for row in summary["means"]} == {"places"}
+    shares = [(row["fraction"], row["train_chips"], row["second"]) for row in summary["shares"]]
+    assert shares == [(0.5, 12, "lora_last1"), (1.0, 24, "lora_last1")]
+    (mixed,) = summary["random_split"]
+    assert mixed["value"] == pytest.approx(mixed["mixed_value"] - mixed["held_out_value"], abs=5e-6)
+    assert len(summary["where"]) == 2 * 6 and sum(r["chips"] for r in summary["where"]) == 2 * 24
+    assert summary["matched"] == []
+
+
+def test_a_random_split_mixes_places_and_keeps_the_counts(folder):
+    data = evidence.DataConfig.checked(data_path=str(folder / "noise")).data()
+    mixed, other, same = (evidence.random_split(data, seed) for seed in (0, 1, 0))
+    counts = [d.manifest.groupby(["split", "target"]).size().to_dict() for d in (data, mixed)]
+    assert counts[0] == counts[1]
+    places = data.manifest.group.groupby(mixed.manifest.split.to_numpy()).apply(set)
+    assert places["train"] & places["test"]
+    assert (mixed.manifest.group == "").all() and mixed.leaks and not data.leaks
+    assert mixed.fingerprint == same.fingerprint
+    assert len({data.fingerprint, mixed.fingerprint, other.fingerprint}) == 3
+
+
+@pytest.fixture
+def tuned(folder, monkeypatch):
+    """Chooses a rate of head_only where validation losses are those of a function."""
+
+    def choose(loss):
+        def finished(config, *_, **__):
+            value = loss(config.learning_rates[0])
+            if isinstance(value, str):
+                raise InputError(value)
+            candidate = {"valid_loss": value, "valid_auroc": 0.5, "best_epoch": 1}
+            record = {"candidates": [candidate], "best_epoch": 1, "epochs_trained": 2}
+            return FakeRun(None, None, record | {"failure": ""}), False
+
+        monkeypatch.setattr(evidence, "finished", finished)
+        collection = evidence.Collection(task_of(folder), folder / "tuned", lambda line: None)
+        return collection.choose("head_only"), collection
+
+    return choose
+
+
+class FakeRun(evidence.Run):
+    """A run of which only the record is looked at."""
+
+    def __init__(self, classifier, adapter, record):
+        super().__init__(classifier, adapter, pd.DataFrame(), pd.DataFrame(), record)
+
+    def __replace__(self, **_):
+        return self
+
+
+def test_the_best_rate_inside_the_grid_is_taken(tuned):
+    choice, collection = tuned(lambda rate: abs(np.log(rate / 0.03)))
+    assert choice == evidence.Choice(0.03, extended=0, on_edge=False)
+    assert [row["learning_rate"] for row in collection.trials] == [0.01, 0.03, 0.1]
+
+
+@pytest.mark.parametrize(
+    "best, tried, choice",
+    [
+        (0.3, [0.01, 0.03, 0.1, 0.316, 0.999], (0.316, 2, False)),
+        (0.01, [0.01, 0.03, 0.1, 0.00316], (0.01, 1, False)),
+        (9.0, [0.01, 0.03, 0.1, 0.316, 0.999], (0.999, 2, True)),
+    ],
+)
+def test_a_grid_is_extended_twice_at_most_where_the_best_lies_on_its_edge(
+    tuned, best, tried, choice
+):
+    chosen, collection = tuned(lambda rate: abs(np.log(rate / best)))
+    assert [row["learning_rate"] for row in collection.trials] == tried
+    assert chosen == evidence.Choice(*choice)
+
+
+def test_a_rate_that_diverges_is_not_taken_and_another_error_is_one(tuned):
+    diverged = "the training loss is not finite at epoch 2, batch 1; lower the learning rate"
+    choice, collection = tuned(lambda rate: diverged if rate > 0.05 else -rate)
+    assert choice.rate == 0.03 and collection.trials[2]["failure"] == diverged
+    with pytest.raises(InputError, match="head_only: no learning rate trains"):
+        tuned(lambda rate: diverged)
+    with pytest.raises(InputError, match="was it killed"):
+        tuned(lambda rate: "was it killed")
+
+
+def test_pairs_have_a_like_acquisition_and_what_is_on_the_ground_is_left():
+    generator = np.random.default_rng(0)
+    targets = generator.integers(0, 2, 600)
+    haze = generator.normal(0, 1, (600, 6)) + 1.2 * targets[:, None] * [1, 0, 0, 0, 0, 0]
+    pairs = matched_pairs(targets, haze)
+    chosen = pairs >= 0
+    counts = np.unique(pairs[chosen], return_counts=True)[1]
+    assert (counts == 2).all() and 100 < len(counts) < 290
+    for number in range(len(counts)):
+        assert sorted(targets[pairs == number]) == [0, 1]
+    assert imbalance(targets, haze) > 1 and imbalance(targets[chosen], haze[chosen]) < 0.1
+    assert CALIPER == 0.2
+    with pytest.raises(InputError, match="across two classes"):
+        matched_pairs(targets * 0, haze)
+
+
+def test_matching_is_part_of_a_record_and_of_its_summary(twice, monkeypatch):
+    found = twice[0][1]
+    test = found.predictions.split == "test"
+    chips = found.predictions.img_path.where(test).map({p: i for i, p in enumerate(
+        found.predictions[test].img_path.unique())})  # fmt: skip
+    pairs = chips.map(lambda number: -1 if pd.isna(number) or number >= 20 else number // 2)
+    record = found.record | {"matching": {"pairs": 10}}
+    matched = evidence_records.Evidence(record, found.predictions.assign(pair=pairs))
+    rows = evidence_records.summarise(matched)["matched"]
+    assert [row["method"] for row in rows] == ["head_only", "lora_last1", "acquisition statistics"]
+    assert rows[0]["seeds"] == 3
+
+
+def write(folder, text):
+    path = folder / "task.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"seedz": [0]}, "seedz: Extra inputs"),
+        ({"methods": {"x": {"method": "lora", "learning_rates": [1, 2, 3]}}}, "no row head_only"),
+        ({"methods": TASK["methods"] | {"x": {"method": "lora", "learning_rates": [1, 2, 3, 4]}}},
+         "equally many learning rates"),
+        ({"methods": {"head_only": {"method": "head_only", "learning_rates": [1, 2]}}},
+         "methods.head_only.learning_rates"),
+        ({"random_split_methods": ["dora"]}, "no row dora"),
+        ({"fraction_methods": ["lora_last1"]}, "fraction_methods need head_only"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_by_name(tmp_path, changes, words):
+    path = write(tmp_path, yaml.safe_dump(TASK | changes))
+    message = refusal(Task.read, path)
+    assert message.startswith(f"{path}: ") and words in message
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n", "", "\x00"])
+def test_what_is_no_yaml_is_refused(tmp_path, text):
+    assert refusal(Task.read, write(tmp_path, text)).startswith(str(tmp_path))
+
+
+def test_a_wrong_parameter_of_a_row_is_named_before_anything_is_trained(folder):
+    methods = TASK["methods"] | {
+        "dora": {"method": "dora", "learning_rates": [1, 2, 3], "changes": {"lora_rang": 3}}
+    }
+    with pytest.raises(InputError, match="noise, dora: lora_rang: unknown parameter"):
+        evidence.Collection(task_of(folder, methods=methods), folder / "wrong")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evidence").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_committed_task_can_be_planned(path, tmp_path):
+    task = Task.read(path)
+    trials = grid(task) + [trial for stage in planned(task).values() for trial in stage]
+    trials = [replace(trial, rate=trial.rate or 0.001) for trial in trials]
+    assert len({trial.name for trial in trials}) == len(trials)
+    for trial in trials:
+        config = run_config(task, trial, tmp_path)
+        assert config.seed == trial.seed and config.train_fraction == trial.fraction
+        rates = config.learning_rates if config.method == "head_only" else [config.learning_rate]
+        assert list(rates) == [trial.rate]
+    assert {"head_only", "lora_last6", "lora", "dora", "full", "random_lora"} <= set(task.methods)
+    assert len(task.seeds) == 5 and len(task.seeds_of("full")) == 3
+
+
+def test_durations_are_said_in_the_unit_of_a_person():
+    assert [evidence.spoken(s) for s in (59, 600, 36_000)] == [
+        "59 seconds", "10.0 minutes", "10.0 hours",
+    ]  # fmt: skip
+
+
+def test_the_name_of_a_run_says_what_it_is():
+    assert Trial("lora", 1, 0.001).name == "lora_lr0.001_seed1"
+    assert Trial("lora", 1, 3e-5, 0.25).name == "lora_lr3e-05_seed1_fraction0.25"
+    assert Trial("full", 0, 1e-4, random_split=True).name == "full_lr0.0001_seed0_random_split"

@@ -64,10 +64,11 @@ def figures(found: dict[str, Evidence]) -> dict[str, pd.DataFrame]:
 
 def places_of(found: dict[str, Evidence]) -> dict[str, pd.DataFrame]:
     """Accuracy of LoRA by test place, of the tasks that have coordinates."""
-    tables = {name: pd.DataFrame(one.record["summary"]["where"]) for name, one in found.items()}
-    return {
-        name: table[table.method == evidence.LORA] for name, table in tables.items() if len(table)
+    rows = {
+        name: [row for row in one.record["summary"]["where"] if row["method"] == evidence.LORA]
+        for name, one in found.items()
     }
+    return {name: pd.DataFrame(places) for name, places in rows.items() if places}
 
 
 def draw(found: dict[str, Evidence], folder: Path = ROOT / FIGURES) -> None:

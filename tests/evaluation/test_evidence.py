@@ -19,6 +19,7 @@ from helpers.training.runs import save_run
 from tests.evidence_numbers import check_numbers
 from tests.fake_data import manifest_rows
 from tests.models.common import refusal
+from tools import evidence as command
 
 TASK = {
     "title": "bright noise or dark",
@@ -308,6 +309,17 @@ def test_a_committed_task_can_be_planned(path, tmp_path):
         assert list(rates) == [trial.rate]
     assert {"head_only", "lora_last6", "lora", "dora", "full", "random_lora"} <= set(task.methods)
     assert len(task.seeds) == 5 and len(task.seeds_of("full")) == 3
+
+
+def test_the_command_leaves_out_a_task_whose_chips_are_not_there(tmp_path, monkeypatch, capsys):
+    training = TASK["training"] | {"data_path": str(tmp_path / "nowhere")}
+    path = write(tmp_path, yaml.safe_dump(TASK | {"training": training}))
+    monkeypatch.setattr("sys.argv", ["evidence", "--folder", str(tmp_path)])
+    command.main()
+    said = f"task: its chips are not in {tmp_path / 'nowhere'}; unpack them there"
+    assert capsys.readouterr().out == f"{said}; left out\n"
+    monkeypatch.setattr("sys.argv", ["evidence", "task", "--folder", str(path.parent)])
+    assert refusal(command.main) == said
 
 
 def test_durations_are_said_in_the_unit_of_a_person():

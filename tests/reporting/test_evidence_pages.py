@@ -1,6 +1,5 @@
 """What is published of the evidence is what its records say; its page works in a browser."""
 
-import html
 import json
 import re
 import shutil
@@ -179,7 +178,7 @@ def test_no_text_of_the_data_ends_the_script_or_becomes_a_tag():
     assert page.count("</script>") == 2 and "<img" not in page
     data = re.search(r'id="data">(.*?)</script>', page)[1]
     assert json.loads(data)["rows"][0][1] == wicked
-    assert "src=" not in html.unescape(page).replace(wicked, "") and "@import" not in page
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]* (?:src|href)=", page)
 
 
 def test_the_page_works_in_a_browser(tmp_path):

@@ -27,7 +27,11 @@ label { display: inline-block; margin: 0 1em .5em 0; font-size: 14px; }
 
 _SCRIPT = """
 "use strict";
-const { columns, rows, filters, first } = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(document.getElementById("data").textContent);
+const { columns, filters, first } = data;
+// Texts are numbers of an entry in the column's list.
+const rows = data.rows.map((row) => row.map(
+  (value, number) => value !== null && data.texts[number] ? data.texts[number][value] : value));
 const body = document.querySelector("tbody"), said = document.getElementById("count");
 const chosen = {}, order = { column: null, up: true };
 const shown = (value) => value === null ? "" : String(value);
@@ -94,8 +98,16 @@ def results_page(table: pd.DataFrame, reports: Iterable[Report]) -> str:
         table: of `results_table.results_table`.
         reports: in reading order.
     """
-    rows = json.loads(table.to_json(orient="values", double_precision=5))
-    data = {"columns": list(table), "rows": rows, "filters": FILTERS, "first": FIRST_SEEN}
+    texts, coded = [], table.copy()
+    for name in table:
+        numbers, entries = pd.factorize(table[name])
+        is_text = not pd.api.types.is_numeric_dtype(table[name])
+        texts.append(list(entries) if is_text else None)
+        if is_text:  # written once each: half the bytes
+            coded[name] = pd.Series(numbers, table.index).where(numbers >= 0)
+    rows = json.loads(coded.to_json(orient="values", double_precision=5))
+    data = {"columns": list(table), "rows": rows, "texts": texts}
+    data |= {"filters": FILTERS, "first": FIRST_SEEN}
     # Nothing in the data may end the script that holds it.
     inlined = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     lines = "\n".join(

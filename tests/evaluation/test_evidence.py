@@ -34,10 +34,10 @@ TASK = {
             "method": "lora",
             "learning_rates": [0.0003, 0.001, 0.003],
             "changes": {"adapted_blocks": 1},
-            "seeds": 2,
+            "seeds": 1,
         },
     },
-    "seeds": [0, 1, 2],
+    "seeds": [0, 1],
     "fractions": [0.5],
     "fraction_methods": ["head_only", "lora_last1"],
     "random_split_methods": ["head_only"],
@@ -82,12 +82,12 @@ def collected(task, folder, name):
 
 
 @pytest.fixture(scope="module")
-def twice(folder, in_this_process):
-    """A collection that was stopped in its tenth training, the one that went on, and a third."""
+def stopped_once(folder, in_this_process):
+    """What a collection leaves that was stopped in its eighth training and went on."""
     task, count = task_of(folder), itertools.count(1)
 
     def stopped(*arguments, **options):
-        if next(count) == 10:
+        if next(count) == 8:
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
@@ -97,22 +97,22 @@ def twice(folder, in_this_process):
         with pytest.raises(KeyboardInterrupt):
             collected(task, folder, "records")
     assert not (folder / "records").exists()
-    return collected(task, folder, "records"), collected(task, folder, "again")
+    return collected(task, folder, "records")
 
 
-def test_it_goes_on_where_it_was_stopped(twice, folder):
-    (lines, found), (again, same) = twice
-    assert sum("finished before" in line for line in lines) == 9
-    assert all("finished before" in line for line in again[1:])
-    assert lines[0].startswith("noise: 16 runs planned on 24 training, 12 validation and 24 test")
+def test_it_goes_on_where_it_was_stopped(stopped_once):
+    lines, found = stopped_once
+    before = [line.split()[1] for line in lines if "finished before" in line]
+    assert len(before) == 7
+    assert lines[0].startswith("noise: 12 runs planned on 24 training, 12 validation and 24 test")
+    assert lines[0].endswith("on this machine, less what is finished already")
     done = len(lines) - 1
-    assert lines[-1].startswith(f"[{done}/{done}] head_only_") and done >= 16
-    assert found.record["summary"] == same.record["summary"]
-    pd.testing.assert_frame_equal(found.predictions, same.predictions)
+    assert lines[-1].startswith(f"[{done}/{done}] head_only_") and done >= 12
+    assert {entry["run"] + ":" for entry in found.record["runs"]} & set(before)
 
 
-def test_every_number_of_the_record_comes_from_the_predictions(twice):
-    found = twice[0][1]
+def test_every_number_of_the_record_comes_from_the_predictions(stopped_once):
+    found = stopped_once[1]
     check_numbers(found)
     entry = found.record["runs"][0]
     entry["test"]["auroc"]["value"] += 0.01
@@ -121,8 +121,8 @@ def test_every_number_of_the_record_comes_from_the_predictions(twice):
     entry["test"]["auroc"]["value"] -= 0.01
 
 
-def test_the_record_holds_every_planned_run_and_the_chosen_rates(twice):
-    record = twice[0][1].record
+def test_the_record_holds_every_planned_run_and_the_chosen_rates(stopped_once):
+    record = stopped_once[1].record
     rates = {method: choice["rate"] for method, choice in record["choices"].items()}
     for run in record["runs"]:
         assert run["learning_rate"] == rates[run["method"]]
@@ -135,8 +135,8 @@ def test_the_record_holds_every_planned_run_and_the_chosen_rates(twice):
         assert min(losses, key=losses.get) == rate and len(losses) >= 3
     kinds = [(r["method"], r["train_fraction"], r["random_split"]) for r in record["runs"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        ("head_only", 1.0, False): 3, ("lora_last1", 1.0, False): 2,
-        ("head_only", 0.5, False): 3, ("lora_last1", 0.5, False): 2, ("head_only", 1.0, True): 3,
+        ("head_only", 1.0, False): 2, ("lora_last1", 1.0, False): 1,
+        ("head_only", 0.5, False): 2, ("lora_last1", 0.5, False): 1, ("head_only", 1.0, True): 2,
     }  # fmt: skip
     assert record["missing"] == 0
     measured = [run["run"] for run in record["runs"] if run["memory_bytes"]]
@@ -144,8 +144,8 @@ def test_the_record_holds_every_planned_run_and_the_chosen_rates(twice):
     assert {run["train_chips"] for run in record["runs"]} == {12, 24}
 
 
-def test_the_summary_has_a_row_for_every_question(twice):
-    summary = twice[0][1].record["summary"]
+def test_the_summary_has_a_row_for_every_question(stopped_once):
+    summary = stopped_once[1].record["summary"]
     assert {row["unit"] for row in summary["means"]} == {"places"}
     shares = [(row["fraction"], row["train_chips"], row["second"]) for row in summary["shares"]]
     assert shares == [(0.5, 12, "lora_last1"), (1.0, 24, "lora_last1")]
@@ -245,8 +245,8 @@ def test_pairs_have_a_like_acquisition_and_what_is_on_the_ground_is_left():
         matched_pairs(targets * 0, haze)
 
 
-def test_matching_is_part_of_a_record_and_of_its_summary(twice, monkeypatch):
-    found = twice[0][1]
+def test_matching_is_part_of_a_record_and_of_its_summary(stopped_once):
+    found = stopped_once[1]
     test = found.predictions.split == "test"
     chips = found.predictions.img_path.where(test).map({p: i for i, p in enumerate(
         found.predictions[test].img_path.unique())})  # fmt: skip
@@ -255,7 +255,7 @@ def test_matching_is_part_of_a_record_and_of_its_summary(twice, monkeypatch):
     matched = evidence_records.Evidence(record, found.predictions.assign(pair=pairs))
     rows = evidence_records.summarise(matched)["matched"]
     assert [row["method"] for row in rows] == ["head_only", "lora_last1", "acquisition statistics"]
-    assert rows[0]["seeds"] == 3
+    assert rows[0]["seeds"] == 2
 
 
 def write(folder, text):

@@ -177,7 +177,7 @@ def test_no_text_of_the_data_ends_the_script_or_becomes_a_tag():
     page = results_page(table, [Report(wicked, wicked, "a.html")])
     assert page.count("</script>") == 2 and "<img" not in page
     data = re.search(r'id="data">(.*?)</script>', page)[1]
-    assert json.loads(data)["rows"][0][1] == wicked
+    assert json.loads(data)["texts"][COLUMNS.index("task")] == [wicked]
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]* (?:src|href)=", page)
 
 

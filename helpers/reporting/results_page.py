@@ -18,6 +18,7 @@ _STYLE = """
 body { font: 16px/1.5 sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { border-bottom: 1px solid #ccc; padding: .25em .5em; text-align: left; }
+td { white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 th button { all: unset; cursor: pointer; font-weight: bold; }
 th button:focus-visible { outline: 2px solid; }

@@ -194,7 +194,7 @@ def test_the_page_works_in_a_browser(tmp_path):
     dom = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
          "--dump-dom", (tmp_path / "page.html").as_uri()],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=300,
     ).stdout  # fmt: skip
     body = re.search(r"<tbody>(.*?)</tbody>", dom, re.DOTALL)[1]
     lines = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in body.split("</tr>")[:-1]]

@@ -105,7 +105,7 @@ def test_it_goes_on_where_it_was_stopped(stopped_once):
     assert len(before) == 7
     assert lines[0].startswith("noise: 12 runs planned on 24 training, 12 validation and 24 test")
     assert lines[0].endswith("on this machine, less what is finished already")
-    done = len(lines) - 1
+    done = sum(line.startswith("[") for line in lines)
     assert lines[-1].startswith(f"[{done}/{done}] head_only_") and done >= 12
     assert {entry["run"] + ":" for entry in found.record["runs"]} & set(before)
 

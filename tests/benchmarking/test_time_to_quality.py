@@ -12,7 +12,7 @@ from benchmarks.clock import Clock
 from helpers import InputError
 from helpers.training import tokens
 from tests.models.common import random_chips
-from tests.models.parity import tiny_classifier
+from tests.models.parity import tiny_architectures, tiny_classifier
 
 
 def test_the_trainers_model_is_the_same_function():
@@ -47,21 +47,26 @@ def test_every_second_belongs_to_a_part_and_the_first_epoch_warms_up(monkeypatch
     assert clock.images_per_s(12) == 12.0
 
 
+TINY = ["--dry_run", "--backbone", "dinov2_vits14", "--weights", "random", "--adapted_blocks", "2"]
+
+
 def run(capsys, *arguments):
-    time_to_quality.main(["--dry_run", *arguments])
+    """On a backbone of five blocks of width 64."""
+    with tiny_architectures():
+        time_to_quality.main([*TINY, *arguments])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["cpu"]
-    return said["cases"]["example 28 px"]
+    return said["cases"]["dinov2_vits14 28 px"]
 
 
 def test_every_way_runs_to_the_json(capsys, tmp_path):
     """Few chips of 28 px, in this process."""
     table, figure = tmp_path / "rows.csv", tmp_path / "epoch.png"
-    trial = ("--trial", 'miss={"method": "miss", "adapted_blocks": 2}')
+    trial = ("--trial", 'miss={"method": "miss"}')
     said = run(capsys, "--table", str(table), "--figure", str(figure), *trial)
     assert said["epochs"] == 2
     found = said["ways"]
-    assert set(found) >= {"plain", "trainer", "all_blocks", "last_6", "miss"}
+    assert set(found) >= {"plain", "trainer", "all_blocks", "last_2", "miss"}
     for way in found.values():
         parts = sum(way[f"{part}_s"] for part in time_to_quality.PARTS)
         assert parts == pytest.approx(way["total_s"], rel=1e-6)
@@ -70,7 +75,7 @@ def test_every_way_runs_to_the_json(capsys, tmp_path):
         assert way["difference_low"] <= way["difference_high"]
     assert found["plain"]["difference"] == 0 and found["plain"]["total_s_to_plain"] == 1
     assert found["plain"]["gflop_per_image"] == found["all_blocks"]["gflop_per_image"]
-    assert found["last_6"]["gflop_per_image"] < found["plain"]["gflop_per_image"] * 0.55
+    assert found["last_2"]["gflop_per_image"] < found["plain"]["gflop_per_image"] * 0.55
     rows = pd.read_csv(table)
     assert rows.way.tolist() == list(found)
     with PIL.Image.open(figure) as picture:
@@ -86,7 +91,7 @@ def test_a_sweep_reads_one_cache(capsys, monkeypatch):
 
     monkeypatch.setattr(tokens._Entry, "compute", counted)
     found = run(capsys, "--sweep")["ways"]
-    assert set(found) == {"plain", "last_6"}
+    assert set(found) == {"plain", "last_2"}
     assert len(computed) == 2, "training and validation chips, for both ranks"
     assert found["plain"]["all_runs_s"] > found["plain"]["total_s"]
 

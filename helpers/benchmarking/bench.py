@@ -19,7 +19,7 @@ from helpers.data.dataset import ChipData
 from helpers.deployment.variants.build import BUILDERS
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source, calibration_rows
 from helpers.models.classifier import Classifier
-from helpers.models.files import load_model
+from helpers.models.files import EXAMPLE_MODEL, load_model
 from helpers.records import check_plain_name
 from helpers.training.config import RunConfig
 
@@ -30,7 +30,7 @@ class BenchmarkConfig(Places):
     """Everything that decides a benchmark."""
 
     model_path: str = Field(
-        "runs/head_only_example_example_seed0/model_final.safetensors",
+        EXAMPLE_MODEL,
         description="a model_final.safetensors, or the adapter folder of a LoRA run",
     )
     data_path: str = Field(
@@ -166,10 +166,10 @@ def open_bench(config: BenchmarkConfig) -> Bench:
         check_plain_name("run_name", config.run_name)
     if REFERENCE not in config.variant_names:
         raise InputError(f"variants: {REFERENCE} is the reference and must be among them")
-    default = BenchmarkConfig.model_fields["model_path"].default
-    if config.model_path == default and not Path(default).exists():
+    if config.model_path == EXAMPLE_MODEL and not Path(EXAMPLE_MODEL).exists():
         raise InputError(
-            f"model_path: no such file: {default}; run setup_finetune.ipynb first, which trains it"
+            f"model_path: no such file: {EXAMPLE_MODEL}; run setup_finetune.ipynb first, which "
+            "trains it"
         )
     classifier, provenance, adapted = load_model(config.model_path)
     trained = {k: v for k, v in provenance["config"].items() if k in RunConfig.model_fields}

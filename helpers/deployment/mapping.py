@@ -28,6 +28,7 @@ from helpers.data.scenes import (
 )
 from helpers.deployment.scoring import PredictConfig, Scorer, prefetched
 from helpers.evaluation.calibration import UNSURE, AnswerRule
+from helpers.models.files import EXAMPLE_MODEL
 from helpers.records import environment, write_json
 
 RESOLUTION_TOLERANCE = 0.1  # pixels that differ by more show the ground at another scale
@@ -39,7 +40,7 @@ class MapConfig(PredictConfig):
     """Everything that decides the map of one scene, and what it is compared with."""
 
     model_path: str = Field(
-        "runs/head_only_example_example_seed0/model_final.safetensors",
+        EXAMPLE_MODEL,
         description="a model_final.safetensors, an adapter folder, or the JSON of a built variant",
     )
     input: str = Field(

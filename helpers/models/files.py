@@ -17,6 +17,9 @@ from helpers.records import check_plain_name, written_whole
 if TYPE_CHECKING:
     from peft import PeftModel
 
+EXAMPLE_MODEL = "runs/head_only_example_example_seed0/model_final.safetensors"
+"""What `setup_finetune.ipynb` leaves with its defaults."""
+
 # What others read in the provenance of a trained classifier: name of its run, backbone and weights
 # as tables name them, parameters of the run.
 _PROVENANCE = {"run": str, "backbone": str, "config": dict}

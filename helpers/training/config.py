@@ -16,7 +16,7 @@ from helpers.models.architectures import BACKBONE_HELP, backbone_label
 from helpers.models.backbones import build_backbone
 from helpers.models.classifier import HEAD_INPUTS
 from helpers.records import check_plain_name
-from helpers.training.precision import fastest, step_seconds
+from helpers.training.precision import LoraStep, fastest, step_seconds
 
 _ADAPTED = {"epochs": 12, "patience": 4, "batch_size": 32, "learning_rate": 1e-3}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -206,16 +206,15 @@ class RunConfig(TrainingConfig):
 
     def precision_seconds(self) -> dict[str, float]:
         """Seconds of a training step in each precision here; empty where there is but one."""
-        return step_seconds(
+        timed = LoraStep(
             self.backbone,
             self.image_size,
             len(self.bands or (0, 1, 2)),
             self.lora_targets,
             self.batch_size,
             self.torch_device,
-            self._precisions(),
-            self.cache_path,
         )
+        return step_seconds(timed, self._precisions(), self.cache_path)
 
     @property
     def features_precision(self) -> str:

@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -68,20 +69,12 @@ def measured(
     return {precision: median(values) for precision, values in samples.items()}
 
 
-def step_seconds(
-    backbone: str,
-    image_size: int,
-    bands: int,
-    targets: tuple[str, ...],
-    batch_size: int,
-    device: str,
-    precisions: list[str],
-    cache_path: str,
-) -> dict[str, float]:
-    """`measured` of LoRA steps on this machine, from the cache where they are there already.
+@dataclass(frozen=True)
+class LoraStep:
+    """A training step that is timed.
 
     Two blocks of random weights stand for the backbone; on a CPU a step has as many of the batch's
-    images as take about 50 ms. Of several processes the main one measures.
+    images as take about 50 ms.
 
     Args:
         backbone: a name that `architecture` takes.
@@ -90,25 +83,42 @@ def step_seconds(
         targets: layers of the blocks that an adapter is put on.
         batch_size: images per step of the run.
         device: `cpu` or `cuda`.
+    """
+
+    backbone: str
+    image_size: int
+    bands: int
+    targets: tuple[str, ...]
+    batch_size: int
+    device: str
+
+
+def step_seconds(timed: LoraStep, precisions: list[str], cache_path: str) -> dict[str, float]:
+    """`measured` of LoRA steps on this machine, from the cache where they are there already.
+
+    Of several processes the main one measures.
+
+    Args:
+        timed: the step.
         precisions: that the device has, fp32 first.
         cache_path: folder of the cache; the measurements are in its `precision.json`.
     """
     if len(precisions) == 1:
         return {}
-    machine = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    machine = torch.cuda.get_device_name() if timed.device == "cuda" else cpu_name()
     key = (
-        f"{machine}; {torch.get_num_threads()} threads; torch {torch.__version__}; {backbone}; "
-        f"{image_size} px; {batch_size} images; {', '.join(precisions)}"
+        f"{machine}; {torch.get_num_threads()} threads; torch {torch.__version__}; "
+        f"{timed.backbone}; {timed.image_size} px; {timed.batch_size} images; "
+        f"{', '.join(precisions)}"
     )
     file, found = Path(cache_path) / MEASUREMENTS, None
-    everyone = processes(device)
+    everyone = processes(timed.device)
     if everyone.is_main_process:
         entries = _entries(file)
         found = entries.get(key)
         if found is None:
             with torch.random.fork_rng():  # dropout and weights draw from it
-                step = _step(backbone, image_size, bands, targets, batch_size, device)
-                found = measured(step, precisions)
+                found = measured(_step(timed), precisions)
             write_json(file, entries | {key: found})
     return broadcast_object_list([found])[0]
 
@@ -121,31 +131,25 @@ def _entries(file: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _step(
-    backbone: str,
-    image_size: int,
-    bands: int,
-    targets: tuple[str, ...],
-    batch_size: int,
-    device: str,
-) -> Callable[[str], None]:
+def _step(timed: LoraStep) -> Callable[[str], None]:
     """One forward and backward pass of a LoRA run in the precision that it is given."""
-    vit = build_backbone(backbone, image_size, bands, initialise=False)
+    size, bands, device = timed.image_size, timed.bands, timed.device
+    vit = build_backbone(timed.backbone, size, bands, initialise=False)
     vit.blocks = vit.blocks[:_BLOCKS]
     for parameter in vit.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     units = {"mean": (0.0,) * bands, "std": (255.0,) * bands}
     config = ClassifierConfig(
-        backbone, "random", image_size, tuple(range(bands)), ("a", "b"), **units
+        timed.backbone, "random", size, tuple(range(bands)), ("a", "b"), **units
     )
-    model = add_adapter(Classifier(config, vit), AdapterSettings(targets=targets)).to(device)
+    model = add_adapter(Classifier(config, vit), AdapterSettings(targets=timed.targets)).to(device)
     low = copy.deepcopy(model)
     for parameter in low.parameters():  # as in training
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    chips = torch.zeros(batch_size, bands, image_size, image_size, dtype=torch.uint8, device=device)
+    chips = torch.zeros(timed.batch_size, bands, size, size, dtype=torch.uint8, device=device)
 
-    def step(precision: str, images: int = batch_size) -> None:
+    def step(precision: str, images: int = timed.batch_size) -> None:
         with torch.autocast(device, _DTYPES[precision], enabled=precision != "fp32"):
             logits = (low if precision == "bf16" else model)(chips[:images])
         functional.cross_entropy(logits.float(), logits.argmax(dim=1)).backward()
@@ -158,4 +162,4 @@ def _step(
     start = time.perf_counter()
     step("fp32", 1)
     images = int(_STEP_SECONDS / (time.perf_counter() - start))
-    return lambda precision: step(precision, min(max(images, 1), batch_size))
+    return lambda precision: step(precision, min(max(images, 1), timed.batch_size))

@@ -1,6 +1,7 @@
 """`precision: auto` takes what a few timed steps show to be faster."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ import torch
 from helpers import InputError
 from helpers.training import jobs, precision
 from helpers.training.config import RunConfig
-from helpers.training.precision import fastest, measured, step_seconds
+from helpers.training.precision import LoraStep, fastest, measured, step_seconds
 from tests.training.short_run import config_for, run
 
-ARGUMENTS = ("example", 28, 3, ("qkv",), 4, "cpu", ["fp32", "bf16"])
+STEP, PRECISIONS = LoraStep("example", 28, 3, ("qkv",), 4, "cpu"), ["fp32", "bf16"]
 
 
 class FakeSteps:
@@ -71,12 +72,12 @@ def test_the_measurement_is_kept_by_machine_and_size(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "measured", fake)
     state = torch.random.get_rng_state()
     for _ in range(2):
-        assert step_seconds(*ARGUMENTS, str(tmp_path)) == {"fp32": 2.0, "bf16": 1.0}
+        assert step_seconds(STEP, PRECISIONS, str(tmp_path)) == {"fp32": 2.0, "bf16": 1.0}
     assert len(calls) == 1 and torch.equal(torch.random.get_rng_state(), state)
-    step_seconds("example", 42, *ARGUMENTS[2:], str(tmp_path))
+    step_seconds(replace(STEP, image_size=42), PRECISIONS, str(tmp_path))
     assert len(calls) == 2 and len(json.loads((tmp_path / "precision.json").read_text())) == 2
     (tmp_path / "precision.json").write_text('{"a": 1}')
-    step_seconds(*ARGUMENTS, str(tmp_path))
+    step_seconds(STEP, PRECISIONS, str(tmp_path))
     assert len(calls) == 3
 
 

@@ -1,11 +1,22 @@
 """What every test run does besides pytest's own work."""
 
+import gc
 import signal
 
 
 def pytest_configure():
     """Let Ctrl-C interrupt, also in a job in the background, where a shell has it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Notebooks first: the longest of all tests, and nobody waits for one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/notebooks/"))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: training collects garbage, and need not look through that."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

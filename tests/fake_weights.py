@@ -32,7 +32,11 @@ def lively_classifier(config, seed=0):
 
 
 def published_state_dict(width, depth, registers):
-    """Random numbers under the names and shapes of Meta's published checkpoints (MLP models)."""
+    """Random numbers under the names and shapes of Meta's published checkpoints (MLP models).
+
+    Every tensor is another stretch of one row of numbers: drawing and writing 300 million takes a
+    while.
+    """
     block = {
         "norm1.weight": (width,),
         "norm1.bias": (width,),
@@ -63,11 +67,10 @@ def published_state_dict(width, depth, registers):
     for i in range(depth):
         shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    # Every tensor is another stretch of one row of numbers: drawing 300 million takes a while.
     generator = torch.Generator().manual_seed(0)
     numbers = 0.1 * torch.randn(max(sizes.values()) + len(sizes), generator=generator)
     return {
-        name: numbers[start : start + sizes[name]].reshape(shape).clone()
+        name: numbers[start : start + sizes[name]].reshape(shape)
         for start, (name, shape) in enumerate(shapes.items())
     }
 
@@ -83,7 +86,7 @@ def hub_layout(state):
         if not key.endswith(left_out) and not key.startswith("local_cls_norm"):
             for metas, timms in names.items():
                 key = key.replace(metas, timms)
-            copied[key] = value.contiguous()
+            copied[key] = value
     return copied
 
 
@@ -94,5 +97,5 @@ def hub_cache(root, name, state):
     file.parent.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("0" * 40)
-    save_file(state, file)
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, file)
     return file

@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 from pydantic import Field, PositiveInt, ValidationError
 
-from helpers import InputError
 from helpers.config import Config, Places, folder_field
+from tests.models.common import refusal
 
 
 class Parameters(Config):
@@ -29,14 +29,6 @@ def notebook(injected="", **values):
         cells.append(f"# Parameters\n{injected}")
         exec(injected, values)
     return {"In": [*cells, "RunConfig.from_notebook(globals())"], "numpy": object(), **values}
-
-
-def refusal(function, *arguments, **options):
-    with pytest.raises(InputError) as caught:
-        function(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message and "pydantic" not in message
-    return message
 
 
 WRONG_VALUES = {

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,6 +30,18 @@ def run_python(code, *arguments):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, done.returncode, done.stderr
+
+
+def in_a_fork(function):
+    """Call a function in a fork of this process, which may end at any step; return its status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -190,30 +203,29 @@ def test_a_writer_killed_at_any_step_loses_nothing(tmp_path, step, exchange):
     Steps after the last call let the writer finish.
     """
     write_folder(tmp_path / "adapter", "old")
-    code = (
-        "import os, shutil, sys\n"
-        "from pathlib import Path\n"
-        "from helpers import records\n"
-        "folder, last, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == 'True'\n"
-        "done = 0\n"
-        "def killed_at(function):\n"
-        "    def call(*arguments, **options):\n"
-        "        global done\n"
-        "        done += 1\n"
-        "        if done == last:\n"
-        "            os._exit(9)\n"
-        "        return function(*arguments, **options)\n"
-        "    return call\n"
-        "if not exchange:\n"
-        "    records._exchange = lambda one, other: False\n"
-        "records._exchange = killed_at(records._exchange)\n"
-        "Path.rename, Path.mkdir = killed_at(Path.rename), killed_at(Path.mkdir)\n"
-        "shutil.rmtree = killed_at(shutil.rmtree)\n"
-        "with records.written_whole_folder(folder) as part:\n"
-        "    (part / 'a.txt').write_text('new')\n"
-    )
-    _, status, error = run_python(code, tmp_path / "adapter", step, exchange)
-    assert status in (0, 9), error
+
+    def write():
+        done = 0
+
+        def killed_at(function):
+            def call(*arguments, **options):
+                nonlocal done
+                done += 1
+                if done == step:
+                    os._exit(9)
+                return function(*arguments, **options)
+
+            return call
+
+        if not exchange:
+            records._exchange = lambda one, other: False
+        for owner, name in ((records, "_exchange"), (records.Path, "rename"),
+                            (records.Path, "mkdir"), (shutil, "rmtree")):  # fmt: skip
+            setattr(owner, name, killed_at(getattr(owner, name)))
+        write_folder(tmp_path / "adapter", "new")
+
+    status = in_a_fork(write)
+    assert status in (0, 9)
     if exchange:
         assert (tmp_path / "adapter").is_dir()
     heal(tmp_path)
@@ -223,14 +235,12 @@ def test_a_writer_killed_at_any_step_loses_nothing(tmp_path, step, exchange):
 
 
 def test_the_next_writer_clears_what_a_killed_one_left(tmp_path):
-    code = (
-        "import os, sys\n"
-        "from helpers.records import written_whole\n"
-        "with written_whole(sys.argv[1]) as part:\n"
-        "    part.write_text('half')\n"
-        "    os._exit(9)\n"
-    )
-    assert run_python(code, tmp_path / "table.csv")[1] == 9
+    def write():
+        with written_whole(tmp_path / "table.csv") as part:
+            part.write_text("half")
+            os._exit(9)
+
+    assert in_a_fork(write) == 9
     assert len(list(tmp_path.glob(".table.*.part.csv"))) == 1
     write_json(tmp_path / "other.json", {})
     assert list(tmp_path.iterdir()) == [tmp_path / "other.json"]

@@ -60,17 +60,17 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(scenes, "BLOCK_CELLS", 12)
 
 
-def make_map(path, output, scorer=None, rule=None, draw=draw_map, **changes):
+def no_picture(scene, bands, map_path, png):
+    png.write_bytes(b"no picture")
+
+
+def make_map(path, output, scorer=None, rule=None, draw=no_picture, **changes):
     output.parent.mkdir(exist_ok=True)
     config = PredictConfig.checked(
         model_path="m", input=str(path), output=str(output), batch_size=5, **changes
     )
     scorer = scorer or make_scorer(path.parent)
     return map_scene(scorer, rule or AnswerRule(), path, output, config, draw)[0]
-
-
-def no_picture(scene, bands, map_path, png):
-    png.write_bytes(b"no picture")
 
 
 def read(output):
@@ -109,7 +109,8 @@ def test_every_cell_is_answered_as_its_window_alone(tmp_path, scene, small_block
 
 
 def test_files_are_valid_and_say_where(tmp_path, scene):
-    record = make_map(scene, tmp_path / "map")
+    record = make_map(scene, tmp_path / "map", draw=draw_map)
+    assert np.ptp(plt.imread(tmp_path / "map.png")) > 0
     assert cog_validate(tmp_path / "map.tif", strict=True) == (True, [], [])
     written = json.loads((tmp_path / "map.json").read_text())
     assert written == json.loads(json.dumps(record))
@@ -143,17 +144,17 @@ def test_cells_without_data_say_nothing(tmp_path):
 
 
 def test_blocks_do_not_change_an_answer(tmp_path, scene, monkeypatch):
-    make_map(scene, tmp_path / "a", stride=7, draw=no_picture)
+    make_map(scene, tmp_path / "a", stride=7)
     for cells in (4, 30):
         monkeypatch.setattr(scenes, "BLOCK_CELLS", cells)
-        make_map(scene, tmp_path / "b", stride=7, draw=no_picture, overwrite=True)
+        make_map(scene, tmp_path / "b", stride=7, overwrite=True)
         assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 @pytest.mark.parametrize("height, width", [(5, 9), (1, 1), (14, 30)])
 def test_small_scenes(tmp_path, height, width):
     path = write_scene(tmp_path / "scene.tif", make_values(height, width))
-    make_map(path, tmp_path / "map")
+    make_map(path, tmp_path / "map", draw=draw_map)
     _, table = read(tmp_path / "map")
     assert table.area.sum() == pytest.approx(height * width * 0.25)
     assert table["class"].notna().all()
@@ -191,7 +192,9 @@ def test_an_alpha_band_counts_only_where_it_did_in_training(tmp_path):
     values = np.concatenate([make_values(), np.full((1, 100, 150), 255, np.uint8)])
     path = write_scene(tmp_path / "scene.tif", values, photometric="RGB", alpha="yes")
     for bands in (3, 4):
-        make_map(path, tmp_path / f"map{bands}", make_scorer(tmp_path, chip_bands=bands))
+        make_map(
+            path, tmp_path / f"map{bands}", make_scorer(tmp_path, chip_bands=bands), draw=draw_map
+        )
 
 
 # ------------------------------------------------------------------- again, over others, and kills
@@ -258,7 +261,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, small_blocks):
         return brightness(chips)
 
     def run():
-        make_map(path, tmp_path / "out" / "map", make_scorer(tmp_path, slow), draw=no_picture)
+        make_map(path, tmp_path / "out" / "map", make_scorer(tmp_path, slow))
 
     start = time.perf_counter()
     run()
@@ -293,11 +296,11 @@ def test_killed_between_two_files(tmp_path, scene, monkeypatch, step):
     def killed(*_):
         raise KeyboardInterrupt
 
-    make_map(scene, tmp_path / "expected")
+    make_map(scene, tmp_path / "expected", draw=draw_map)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(f"helpers.deployment.mapping.{step}", killed)
-        make_map(scene, tmp_path / "map")
-    predicted = make_map(scene, tmp_path / "map")["predicted_in_this_run"]
+        make_map(scene, tmp_path / "map", draw=draw_map)
+    predicted = make_map(scene, tmp_path / "map", draw=draw_map)["predicted_in_this_run"]
     assert predicted == 0
     assert contents(tmp_path / "map") == contents(tmp_path / "expected")
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import InputError
 from helpers.evaluation.baselines import ProbeConfig, knn_probe, probe
 from helpers.models.backbones import EXAMPLE_WEIGHTS, build_backbone
 from helpers.training.features import extract_features
@@ -81,9 +80,3 @@ def test_example_features_have_the_same_bits_on_every_load(config, data):
     )
     assert first.dtype == torch.float32
     assert torch.equal(first, second)
-
-
-def test_wrong_weights_are_one_clear_error(config, data, tmp_path):
-    missing = config.model_copy(update={"weights": str(tmp_path / "none.safetensors")})
-    with pytest.raises(InputError, match=r"none\.safetensors"):
-        probe(missing, data)

@@ -1,5 +1,7 @@
 """The script that distils the example backbone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from example import pretrain_backbone
 from example.pretrain_backbone import Student, cut, find_images, half_whiten, train
+from helpers.models.architectures import ARCHITECTURES
 from tests.fake_data import make_chip, write_chip
 
 
@@ -65,6 +68,9 @@ def one_thread():
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(pretrain_backbone, "BATCH", 4)
     monkeypatch.setattr(pretrain_backbone, "CHECKPOINT_STEPS", 1)
+    example = ARCHITECTURES["example"]
+    shallow = replace(example, overrides=example.overrides | {"depth": 1})
+    monkeypatch.setitem(ARCHITECTURES, "example", shallow)
     torch.manual_seed(1)
     chips = torch.randint(0, 256, (6, 3, 98, 98), dtype=torch.uint8)
     patches, pooled = torch.randn(6, 49, 256), torch.randn(6, 256)

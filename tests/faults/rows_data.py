@@ -2,14 +2,10 @@
 
 import os
 
-import numpy as np
-from affine import Affine
-
-from tests.fake_data import class_folders, make_chip, manifest_rows, split_folders, write_chip
+from tests.fake_data import class_folders, make_chip, manifest_rows, write_chip
 from tests.faults.fault import Fault
 
 LOAD = "load_data --data_path data"
-GROUND = {"crs": "EPSG:32615", "transform": Affine(1, 0, 500_000, 0, -1, 3_000_000)}
 UNREADABLE = "1 of 21 images cannot be read"
 
 
@@ -34,34 +30,12 @@ def manifest(change):
     return make
 
 
-def damaged_deflate(path):
-    data = bytearray(write_chip(path, make_chip(), compress="deflate", **GROUND).read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 20] = bytes(20)
-    path.write_bytes(bytes(data))
-
-
-def only_nodata(path):
-    write_chip(path, np.full((3, 28, 28), 7, np.uint8), nodata=7, **GROUND)
-
-
 def link_to_itself(path):
     path.symlink_to(path)
 
 
 def called(*names):
     return lambda folder: class_folders(folder / "data", classes=names)
-
-
-def one_image_in_two_splits(folder):
-    root = split_folders(folder / "data")
-    (root / "test/tree/copy.png").write_bytes((root / "train/tree/000.png").read_bytes())
-
-
-def two_manifests(folder):
-    rows = manifest_rows(folder / "data")
-    for name in ("a.csv", "b.csv"):
-        rows.to_csv(folder / "data" / name, index=False)
 
 
 def pipe_as_manifest(folder):
@@ -74,29 +48,13 @@ def cut_off(path):
     path.write_bytes(data[: len(data) // 2])
 
 
-def bands_last(path):
-    np.save(path, make_chip().transpose(1, 2, 0))
-
-
 ROWS = [
     Fault("no such folder", None, LOAD, ("data does not exist. Give a folder",)),
     Fault(
         "empty folder", lambda folder: (folder / "data").mkdir(), LOAD, ("no images found. Known",)
     ),
     Fault("one class", called("tree"), LOAD, ("at least two different classes", "not just tree")),
-    Fault(
-        "class too small",
-        lambda f: class_folders(f / "data", per_class=4),
-        LOAD,
-        ("class no_tree has 4 independent", "at least 5", "make the test split"),
-    ),
-    Fault(
-        "empty chip", chips_and("tree/z.png", lambda p: p.touch()), LOAD, (UNREADABLE, "0 bytes")
-    ),
     Fault("chip cut off", chips_and("tree/z.png", cut_off), LOAD, (UNREADABLE, "cut off")),
-    Fault("damage in a block", chips_and("tree/z.tif", damaged_deflate), LOAD, ("z.tif: damaged",)),
-    Fault("only nodata", chips_and("tree/z.tif", only_nodata), LOAD, ("band 0 has no data",)),
-    Fault("bands last", chips_and("tree/z.npy", bands_last), LOAD, ("bands come first",)),
     Fault("a pipe for a chip", chips_and("tree/z.png", os.mkfifo), LOAD, ("is not a file",)),
     Fault("a pipe for a manifest", pipe_as_manifest, LOAD, ("manifest.csv: is not a file",)),
     Fault("a link to itself", chips_and("tree/z.png", link_to_itself), LOAD, ("Too many levels",)),
@@ -124,8 +82,6 @@ ROWS = [
     Fault(
         "empty label", manifest(("label", "")), LOAD, (".png: label is empty (1 of 20 rows). Fill",)
     ),
-    Fault("two manifests", two_manifests, LOAD, ("a.csv and b.csv", "manifest.csv")),
-    Fault("unknown class", called("1", "2"), f"{LOAD} --positive_class 3", ("not one of 1, 2",)),
     Fault(
         "a class called rest",
         called("rest", "lake", "tree"),
@@ -133,25 +89,9 @@ ROWS = [
         ("positive_class: 'rest'",),
     ),
     Fault(
-        "numbers as classes",
-        called("1", "2", "10"),
-        f"{LOAD} --positive_class 10",
-        ("rest, 10",),
-        0,
-    ),
-    Fault(
         "unknown band",
         called("lake", "tree"),
         f"{LOAD} --bands 0 3",
         ("[3] out of range", "bands 0 to 2"),
-    ),
-    Fault(
-        "leakage told", one_image_in_two_splits, LOAD, ("WARNING: 2 chips are byte-identical",), 0
-    ),
-    Fault(
-        "leakage refused",
-        one_image_in_two_splits,
-        f"{LOAD} --on_leakage error",
-        ("2 chips are byte-identical", "Keep each in one split"),
     ),
 ]

@@ -5,7 +5,7 @@ import socket
 from importlib.util import find_spec
 
 from tests.faults.fault import Fault
-from tests.faults.rows_predict import model, text
+from tests.faults.rows_predict import model
 
 SERVE = "serve --model_path model.safetensors --port 0"
 TAKEN = socket.socket()
@@ -15,7 +15,6 @@ TAKEN.listen()
 ROWS = [
     Fault("serve without parameters", None, "serve", ("model_path: is needed",)),
     Fault("serve no model", None, SERVE, ("model.safetensors",)),
-    Fault("serve what is no model", text("model.safetensors", "no"), SERVE, ("model.safetensors",)),
     Fault(
         "a port that is taken",
         model,

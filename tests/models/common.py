@@ -26,7 +26,7 @@ def refusal(function, *arguments, **options):
     with pytest.raises(InputError) as caught:
         function(*arguments, **options)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and "pydantic" not in message
     return message
 
 

@@ -16,7 +16,8 @@ TOLERANCE = 2e-5
 
 
 # One block of every family; of one the last four, as the largest head input wants them.
-CASES = [(model, 1, "cls+mean") for model in TINY] + [("dinov3", 4, "4xcls+mean")]
+CASES = [(model, 1, "cls+mean") for model in TINY if not model.startswith("dinov3")]
+CASES.append(("dinov3", 4, "4xcls+mean"))  # and those of `dinov3_sat` are the same
 
 
 @pytest.mark.parametrize(("model", "depth", "head_input"), CASES)
@@ -29,7 +30,7 @@ def test_onnx_and_openvino_agree_with_eager(model, depth, head_input, tmp_path):
     core = openvino.Core()
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(path), "CPU", hint)
-    for n in (1, 3, 7):
+    for n in (1, 3):
         chips = random_chips(n, size=size, seed=n)
         with torch.inference_mode():
             expected = classifier(chips).numpy()

@@ -1,4 +1,6 @@
-"""The short run on chips of 28 px that the tests of this room train."""
+"""The short run on small chips and a small backbone that the tests of this room train."""
+
+import multiprocessing
 
 import pandas as pd
 
@@ -13,7 +15,9 @@ def config_for(data, folder, **parameters):
     """A short run, everything below one folder."""
     defaults = {
         "data_path": str(data),
-        "image_size": 28,
+        "backbone": "timm:test_vit",  # six blocks of width 64
+        "weights": "random",
+        "image_size": 32,
         "method": "lora",
         "epochs": 4,
         "patience": 4,
@@ -37,3 +41,10 @@ def run(config):
 def history_of(config):
     """What two equal runs have in common, as written."""
     return pd.read_csv(f"{config.history_path}/{config.name}.csv")[NUMBERS]
+
+
+def fresh_processes():
+    """Processes that do not begin with this one's memory, but have imported what training needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.training.alone"])
+    return context

@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 
@@ -8,10 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import InputError
 from helpers.metrics import METRICS
 from helpers.models.files import load_classifier
-from helpers.records import ROOT
 from helpers.training import jobs, methods, runs
 from helpers.training.config import RunConfig
 from helpers.training.progress import HISTORY_COLUMNS
@@ -174,38 +172,19 @@ def test_confident_errors_are_wrong_and_ordered():
     assert errors.predicted_label.tolist() == ["x", "x"]
 
 
-def test_cuda_without_a_gpu_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="device: cuda was asked for"):
-        config_for(tmp_path, device="cuda").torch_device  # noqa: B018
-
-
-def command(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, "-m", "helpers.finetune", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
-
-
-def test_the_command_line_trains_and_prints_the_test_table(finished, tmp_path):
+def test_the_command_line_trains_and_prints_the_test_table(finished, tmp_path, monkeypatch, capsys):
     config, run, _ = finished
-    result = command(
-        "--data_path", config.data_path, "--output_path", tmp_path / "models",
+    arguments = [
+        "finetune", "--data_path", config.data_path, "--output_path", tmp_path / "models",
         "--cache_path", config.cache_path, "--weights", "random",
         "--image_size", 28, "--epochs", 15, "--learning_rates", 1e-3, 1e-2, "--weight_decays", 0,
         "--device", "cpu", "--run_name", "trial",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "colour statistics" in result.stdout and "ViT-Ti/14, random weights" in result.stdout
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "helpers.finetune", raising=False)
+    runpy.run_module("helpers.finetune", run_name="__main__")  # as `python -m` does
+    printed = capsys.readouterr().out
+    assert "colour statistics" in printed and "ViT-Ti/14, random weights" in printed
     written = json.loads((tmp_path / "models/training_history/trial.json").read_text())
     assert written["test"] == run.record["test"]
     assert (tmp_path / "models" / "trial" / "model_final.safetensors").is_file()
-
-
-def test_the_command_line_names_a_wrong_parameter_in_one_line(tmp_path):
-    result = command("--epochs", 0, "--history_path", tmp_path / "history")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: epochs: ") and result.stderr.count("\n") == 1
-    assert not (tmp_path / "history").exists()

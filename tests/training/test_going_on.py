@@ -1,6 +1,6 @@
 """Going on from a checkpoint, and what a finished run leaves to the next."""
 
-import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -27,12 +27,20 @@ def test_a_finished_run_is_read_and_its_checkpoint_is_gone(chips_folder, tmp_pat
     pd.testing.assert_frame_equal(first.predictions, again.predictions)
 
 
-@pytest.fixture
-def checkpointed(chips_folder, tmp_path):
+@pytest.fixture(scope="module")
+def killed(chips_folder, tmp_path_factory):
     """A run that was killed before it was saved: all of its epochs are in the checkpoint."""
-    config = config_for(chips_folder, tmp_path, epochs=1)
+    folder = tmp_path_factory.mktemp("killed")
+    config = config_for(chips_folder, folder, epochs=1)
     methods.train(config, config.data(), report=lambda line: None)
-    return config
+    return folder
+
+
+@pytest.fixture
+def checkpointed(killed, chips_folder, tmp_path):
+    """A copy of it."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    return config_for(chips_folder, tmp_path, epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -96,19 +104,17 @@ def test_a_finished_run_with_other_parameters_data_or_weights_is_not_replaced(
     chips_folder, tmp_path
 ):
     weights = tmp_path / "weights.safetensors"
-    example = create_backbone("example")
-    save_file(example.state_dict(), weights)
-    config = config_for(
-        chips_folder, tmp_path, method="head_only", weights=str(weights), backbone="example"
-    )
+    backbone = create_backbone("timm:test_vit", "random", 32)
+    save_file(backbone.state_dict(), weights)
+    config = config_for(chips_folder, tmp_path, method="head_only", weights=str(weights))
     first = run(config)
     run(config)  # the same again is the same run
     other = config.model_copy(update={"learning_rates": (0.3,)})
     with pytest.raises(InputError, match=r"run_name: trial is a finished run .*learning_rates was"):
         run(other)
     with torch.no_grad():
-        example.norm.bias[0] += 1
-    save_file(example.state_dict(), weights)
+        backbone.norm.bias[0] += 1
+    save_file(backbone.state_dict(), weights)
     with pytest.raises(InputError, match=r"weights_digest was '\w+' and is '\w+'"):
         run(config.model_copy(update={"resume": True}))
     again = run(config.model_copy(update={"overwrite": True}))
@@ -119,7 +125,9 @@ def test_a_run_that_learned_nothing_says_so(chips_folder, tmp_path):
     still = {"method": "head_only", "learning_rates": (1e-30,), "weight_decays": (0.0,)}
     finished = run(config_for(chips_folder, tmp_path, **still))
     assert finished.record["failure"].startswith("no better than chance: the lowest validation")
-    assert run(config_for(chips_folder, tmp_path, run_name="good")).record["failure"] == ""
+    options = {"method": "head_only", "epochs": 15, "run_name": "good"}
+    good = run(config_for(chips_folder, tmp_path, **options))
+    assert good.record["failure"] == ""
 
 
 def test_every_route_says_and_records_what_splits_share(chips_folder, tmp_path):
@@ -140,22 +148,6 @@ def test_tensorboard_receives_every_epoch(chips_folder, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     values = [event.value for event in events.Scalars("valid_loss")]
     np.testing.assert_allclose(values, history.valid_loss, rtol=1e-6)
-
-
-def test_a_tracker_that_is_not_installed_is_one_clear_error(chips_folder, tmp_path):
-    with pytest.raises(InputError, match="tracker: wandb is not installed; pip install wandb"):
-        run(config_for(chips_folder, tmp_path, tracker="wandb"))
-
-
-def test_a_checkpoint_with_a_pickled_object_is_not_executed(checkpointed, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "executed"),))
-
-    torch.save({"identity": Trap()}, checkpointed.folder / "checkpoint.pt")
-    with pytest.raises(InputError, match="not a checkpoint"):
-        run(checkpointed.model_copy(update={"resume": True}))
-    assert not (tmp_path / "executed").exists()
 
 
 def test_without_resume_a_run_starts_anew(checkpointed):

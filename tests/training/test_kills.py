@@ -3,7 +3,6 @@
 `KILLS=13 pytest -s tests/training/test_kills.py` kills each of the four methods 13 times.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ from helpers import InputError, records
 from helpers.models.adapters import METHODS
 from helpers.training import loop
 from helpers.training.runs import read_run
-from tests.training.short_run import config_for, history_of, run
+from tests.training.short_run import config_for, fresh_processes, history_of, run
 
 KILLS = int(os.environ.get("KILLS", 1))  # drawn of each method
 KILLED = METHODS if "KILLS" in os.environ else ("head_only", "lora")
@@ -61,8 +60,7 @@ def train_until(config, kill_at, passed, threads):
 
 def in_a_process(config, kill_at=0):
     """Train until a moment, 0 for the end; return the exit code and the moments passed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.training.alone"])
+    context = fresh_processes()
     passed = context.Value("i", 0)
     arguments = (config, kill_at, passed, torch.get_num_threads())
     process = context.Process(target=train_until, args=arguments)

@@ -174,6 +174,7 @@ def entry(trial: Trial, run: Run, measured: bool, most_epochs: int) -> dict[str,
         frozen = (record["chips"]["train"] + record["chips"]["valid"]) / rate
     return {
         "run": trial.name,
+        "backbone": record["backbone"],
         "method": trial.method,
         "learning_rate": trial.rate,
         "seed": trial.seed,

@@ -10,11 +10,12 @@ from helpers.metrics import METRICS
 from helpers.training.runs import Run
 
 COLUMNS = (
-    "study", "task", "run", "method", "k", "rank", "layers", "seed", "train_chips",
+    "study", "task", "backbone", "run", "method", "k", "rank", "layers", "seed", "train_chips",
     "train_fraction", "places", "split", "metric", "value", "group_low", "group_high", "seconds",
     "memory_bytes", "trained_parameters", "machine", "commit",
 )  # fmt: skip
-"""`study` is where the runs come from (`sources` of the results page); `k` the last blocks that
+"""`study` is where the runs come from (`sources` of the results page); `backbone` names its weights
+too, and is empty where there is none; `k` the last blocks that
 were adapted, none for all; `seed` is `mean` for the mean over seeds; `places` says whether the
 splits hold whole places (`held out`) or mix them (`mixed`). Intervals are over places."""
 
@@ -24,7 +25,9 @@ def evidence_rows(evidence: Evidence) -> list[dict[str, Any]]:
     record = evidence.record
     common = {"study": "evidence", "task": record["task"]}
     rows = baseline_rows(common, record["baselines"])
-    rows += mean_rows(common, record["summary"]["means"])
+    labels = {entry["method"]: entry["backbone"] for entry in record["runs"]}
+    means = mean_rows(common, record["summary"]["means"])
+    rows += [row | {"backbone": labels[row["method"]]} for row in means]
     for entry in record["runs"]:
         facts = {name: entry.get(name) for name in COLUMNS if name in entry}
         places = "mixed" if entry["random_split"] else "held out"
@@ -45,7 +48,9 @@ def comparison_rows(
         trivial: metrics of the baselines, by name.
     """
     common = {"study": "comparison", "task": task}
-    rows = baseline_rows(common, trivial) + mean_rows(common, means.to_dict("records"))
+    rows = baseline_rows(common, trivial)
+    common["backbone"] = next(iter(runs.values())).record["backbone"]
+    rows += mean_rows(common, means.to_dict("records"))
     for name, run in runs.items():
         record, config = run.record, run.record["config"]
         machine, adapts = (

@@ -31,6 +31,8 @@ def predict(config: PredictConfig) -> list[Path]:
     rule = answer_rule(scorer, config)
     inputs = find_inputs(scorer, config)
     if inputs.kind == "chips":
+        if config.engine != "local":
+            raise InputError(f"engine: {config.engine} maps scenes; chips are predicted locally")
         return score_chips(scorer, rule, inputs, config)[1]
     output = without_suffix(config.output)
     names = [Path(name).with_suffix("") for name in inputs.names]

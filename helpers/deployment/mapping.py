@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,10 @@ from helpers.data.scenes import (
     Block,
     Grid,
     Scene,
-    open_raster,
     open_scene,
-    read_windows,
 )
-from helpers.deployment.scoring import PredictConfig, Scorer, prefetched
+from helpers.deployment.engines import Engine, engine_of
+from helpers.deployment.scoring import PredictConfig, Scorer
 from helpers.evaluation.calibration import UNSURE, AnswerRule
 from helpers.models.files import EXAMPLE_MODEL
 from helpers.records import environment, write_json
@@ -106,15 +106,15 @@ def map_scene(
         The record and the files.
 
     Raises:
-        InputError: a scene that cannot be used or has no data, other results under that name, or
-            a process that is just writing them.
+        InputError: a scene that cannot be used or has no data, other results under that name, an
+            engine that is not installed, or a process that is just writing them.
     """
     scene = open_scene(path)
     # Of chips an alpha band is a band; a scene may have one that the chips had not.
     chip_bands = scorer.classifier.chip_bands
     with_alpha = scene.alpha and chip_bands == scene.bands + 1
     scorer.check_pixels(str(path), scene.bands + with_alpha, scene.dtype)
-    grid = scene_grid(scorer, scene, config)
+    grid, engine = scene_grid(scorer, scene, config), engine_of(config)
     identity = _identity(scorer, path, grid, config)
     files = [Path(f"{output}{ending}") for ending in _ENDINGS]
     if path.resolve() in [file.resolve() for file in files]:
@@ -134,7 +134,7 @@ def map_scene(
     with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), store:
         work = _Work(scorer, rule, scene, grid, store, config)
         try:
-            predicted = work.predict()
+            predicted = work.predict(engine)
             work.check_data()
         except InputError:
             store.remove()
@@ -149,7 +149,7 @@ def map_scene(
             "scene": path.name,
             "model": {"file": scorer.name, "sha256": scorer.digest},
             "classifier": asdict(scorer.classifier),
-            "config": config.model_dump(exclude={"model_path", "input", "output"}),
+            "config": config.model_dump(exclude={"model_path", "input", "output", "ray_address"}),
             "cells": {"rows": grid.shape[0], "cols": grid.shape[1], "window": grid.window,
                       "stride": grid.stride},
             "rule": asdict(rule),
@@ -231,47 +231,23 @@ class _Work:
         bands = len(self.scorer.classifier.bands)
         return self.grid.blocks(bands * np.dtype(self.scene.dtype).itemsize)
 
-    def predict(self) -> int:
-        """Have every block in the store; return how many windows were predicted for that.
-
-        A block is (rows, cols, 1 + classes): the share of data, and logits, NaN where it is small.
-        """
+    def predict(self, engine: Engine) -> int:
+        """Have every block in the store; return how many windows were predicted for that."""
         missing = [block for block in self.blocks if self.store.load(block) is None]
         done = sum(block.cells for block in set(self.blocks) - set(missing))
         total = self.grid.shape[0] * self.grid.shape[1]
         predicted = 0
         name = self.scene.path.name
-        with progress_bar(total=total, initial=done, desc=name, unit="cell") as bar:
-            for block, values, cells, chips in prefetched(self._batches(missing)):
-                if len(cells):
-                    values[cells[:, 0], cells[:, 1], 1:] = self.scorer.logits(chips)
-                    predicted += len(cells)
-                    bar.update(len(cells))
-                else:
+        with (
+            progress_bar(total=total, initial=done, desc=name, unit="cell") as bar,
+            closing(engine(self.scorer, self.scene, self.grid, self.config, missing)) as steps,
+        ):
+            for block, cells, values in steps:
+                bar.update(cells)
+                if values is not None:
                     self.store.save(block, values)
-                    bar.update(int(np.isnan(values[..., 1]).sum()))
+                    predicted += int(np.isfinite(values[..., 1]).sum())
         return predicted
-
-    def _batches(
-        self, blocks: list[Block]
-    ) -> Iterator[tuple[Block, np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each block: its values to fill in, cells (n, 2) in it, and their chips.
-
-        The last batch of a block is empty. Batches do not depend on what was done before, so that
-        a form whose numbers depend on its batch (quantized as they come) answers as it would have.
-        """
-        classifier = self.scorer.classifier
-        with open_raster(self.scene.path) as raster:
-            for block in blocks:
-                windows = read_windows(raster, self.grid, block, classifier.bands)
-                shape = (block.rows, block.cols, 1 + len(classifier.classes))
-                values = np.full(shape, np.nan, np.float32)
-                values[..., 0] = windows.share
-                cells = np.argwhere(windows.share >= self.config.min_data)
-                for start in range(0, len(cells), self.config.batch_size):
-                    batch = cells[start : start + self.config.batch_size]
-                    yield block, values, batch, self.scorer.fitted(windows.chips(batch))
-                yield block, values, cells[:0], np.empty(0)
 
     def check_data(self) -> None:
         """Raise InputError for a scene of which nothing can be said."""

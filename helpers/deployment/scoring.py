@@ -85,6 +85,8 @@ class PredictConfig(ModelConfig):
     )
     overwrite: bool = Field(False, description="replace results that are there")
     batch_size: PositiveInt = Field(32, description="windows or chips per prediction")
+    engine: Literal["local", "ray"] = Field("local", description="of scenes: this process, or Ray")
+    ray_address: str | None = Field(None, description="of a Ray cluster; None: started here")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,13 @@ def scene_and(folder, name):
     (folder / name).write_text("mine")
 
 
+def scene_and_blocks(folder):
+    """As a map that was killed on the way."""
+    scene(folder)
+    (folder / ".map.blocks").mkdir()
+    (folder / ".map.blocks" / "000000_000000.npy").write_text("hours of work")
+
+
 def vrt_without_source(folder):
     from rasterio.shutil import copy
 
@@ -211,5 +218,14 @@ ROWS = [
         SCENE.replace("scene.tif", "several"),
         ("two scenes of one name",),
     ),
+    Fault("an engine that is none", scene, f"{SCENE} --engine dask", ("engine: ", "dask")),
+    Fault(
+        "ray that is not installed loses no block",
+        scene_and_blocks,
+        f"{SCENE} --engine ray",
+        ("engine: ray is not installed", "requirements-ray.txt"),
+        patch=("helpers.deployment.engines.find_spec", lambda name: None),
+    ),
+    Fault("chips on ray", chips, f"{CHIPS} --engine ray", ("engine: ray maps scenes",)),
     Fault("picture called a TIFF", text("scene.tif", "GIF89a"), SCENE, ("scene.tif",)),
 ]

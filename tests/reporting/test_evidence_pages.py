@@ -34,8 +34,9 @@ def row(second, value, low, high, unit="places", better=0, worse=0, **more):
 def made(name="farms", seen=False, gain=(0.03, 0.01, 0.05), valid=(0.8, 0.9), unit="places"):
     """Evidence on two methods, of which only what tables and figures read is there."""
     runs = [
-        {"run": f"{method}_seed0", "backbone": "tiny", "method": method, "seed": 0, "train_fraction": 1.0,
-         "random_split": False, "k": None, "learning_rate": 0.01, "train_chips": 500,
+        {"run": f"{method}_seed0", "backbone": "tiny", "method": method, "seed": 0,
+         "train_fraction": 1.0, "random_split": False, "k": None, "learning_rate": 0.01,
+         "train_chips": 500,
          "trained_parameters": 770, "seconds": 12.5, "memory_bytes": 5e8, "stopped": True,
          "test": METRICS, "valid": METRICS, "machine": "a CPU, threads: 2", "commit": "abc1234"}
         for method in ("head_only", "lora")

@@ -51,19 +51,21 @@ TINY = ["--dry_run", "--backbone", "dinov2_vits14", "--weights", "random", "--ad
 
 
 def run(capsys, *arguments):
-    """On a backbone of five blocks of width 64."""
+    """On backbones of five blocks of width 64; the JSON's cases."""
     with tiny_architectures():
         time_to_quality.main([*TINY, *arguments])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["cpu"]
-    return said["cases"]["dinov2_vits14 28 px"]
+    return said["cases"]
 
 
 def test_every_way_runs_to_the_json(capsys, tmp_path):
     """Few chips of 28 px, in this process."""
     table, figure = tmp_path / "rows.csv", tmp_path / "epoch.png"
     trial = ("--trial", 'miss={"method": "miss"}')
-    said = run(capsys, "--table", str(table), "--figure", str(figure), *trial)
+    said = run(capsys, "--table", str(table), "--figure", str(figure), *trial)[
+        "dinov2_vits14 28 px"
+    ]
     assert said["epochs"] == 2
     found = said["ways"]
     assert set(found) >= {"plain", "trainer", "all_blocks", "last_2", "miss"}
@@ -90,10 +92,22 @@ def test_a_sweep_reads_one_cache(capsys, monkeypatch):
         compute(entry, *given)
 
     monkeypatch.setattr(tokens._Entry, "compute", counted)
-    found = run(capsys, "--sweep")["ways"]
+    found = run(capsys, "--sweep")["dinov2_vits14 28 px"]["ways"]
     assert set(found) == {"plain", "last_2"}
     assert len(computed) == 2, "training and validation chips, for both ranks"
     assert found["plain"]["all_runs_s"] > found["plain"]["total_s"]
+
+
+def test_speed_alone_is_measured_on_larger_shapes(capsys, monkeypatch):
+    shapes = [(backbone, size) for backbone, _, size, _ in time_to_quality.CPU_CASES[1:]]
+    assert shapes == [("dinov2_vits14", 224), ("dinov2_vitl14", 196)]
+    monkeypatch.setattr(time_to_quality, "CPU_CASES", time_to_quality.CPU_CASES[:2])
+    ((name, case),) = run(capsys, "--speed_only").items()
+    assert name == "dinov2_vits14 28 px"
+    assert set(case["ways"]) >= {"plain", "trainer", "all_blocks", "last_2"}
+    for way in case["ways"].values():
+        assert way["images_per_s_to_plain"] > 0 and way["share_of_matmul_rate"] > 0
+        assert "auroc" not in way and "total_s_to_plain" not in way
 
 
 def test_a_trial_does_not_take_the_name_of_a_way():

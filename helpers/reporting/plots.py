@@ -308,9 +308,10 @@ def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None
         )  # fmt: skip
     name = f"test {METRIC_NAMES[metric]}, 95 % interval"
     axis.set(xscale="log", xlabel=x.replace("train_", "training ").replace("_", " "), ylabel=name)
-    if lines:
-        axis.set_xticks(sorted(rows[x].unique()), minor=False)
-        axis.set_xticks([], minor=True)
+    values = sorted(rows[x].unique())
+    if lines or len(values) <= 3:  # a power of ten may not lie between so few
+        axis.set_xticks(values, minor=False)
+    axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from helpers.reporting.plots import PAGE, PALETTE, method_styles, titled
 
@@ -34,7 +35,9 @@ def gain_by_chips(rows: pd.DataFrame, title: str) -> Figure:
         )  # fmt: skip
     axis.axhline(0, color="0.3", linewidth=1)
     axis.set(xscale="log", xlabel="training chips", ylabel="test AUROC ahead of the head")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return titled(figure, title)
 
@@ -75,18 +78,20 @@ def places_map(where: pd.DataFrame, title: str) -> Figure:
         title: names the task and the method.
     """
     figure, axis = plt.subplots(figsize=(PAGE * 0.7, 4.6))
+    areas = 20 + 400 * where.chips / where.chips.max()  # square points
     drawn = axis.scatter(
-        where.longitude, where.latitude, s=30 + 900 * where.chips / where.chips.max(),
-        c=where.accuracy, cmap="cividis", edgecolor="0.2", alpha=0.85,
+        where.longitude, where.latitude, s=areas, c=where.accuracy, cmap="cividis", edgecolor="0.2",
+        alpha=0.85,
     )  # fmt: skip
-    for row in where.itertuples():
+    for row, area in zip(where.itertuples(), areas, strict=True):
         axis.annotate(
-            f"{row.accuracy:.2f}", (row.longitude, row.latitude), xytext=(0, -14),
-            textcoords="offset points", ha="center", fontsize=7,
+            f"{row.accuracy:.2f}", (row.longitude, row.latitude), va="center", fontsize=7,
+            xytext=((area / np.pi) ** 0.5 + 2, 0), textcoords="offset points",
         )  # fmt: skip
     # A degree of longitude is shorter than one of latitude by the cosine of the latitude.
     axis.set_aspect(1 / np.cos(np.deg2rad(where.latitude.mean())))
     axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
+    axis.tick_params(axis="x", rotation=30)
     axis.margins(0.12)
     figure.colorbar(drawn, label="accuracy, mean over seeds")
     return titled(figure, title)

@@ -112,10 +112,10 @@ def ray_blocks(
         OSError: no cluster, one that is too small, one that loses a block again and again, or one
             with other files. Blocks that were saved stay, and the same command goes on.
     """
-    import ray
-
     if not blocks:
         return
+    import ray
+
     config = config.model_copy(update={"model_path": str(Path(config.model_path).resolve())})
     with _cluster(ray, config.ray_address):
         threads, gpus, workers = _workers(ray, config)

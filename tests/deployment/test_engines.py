@@ -79,6 +79,23 @@ def test_two_workers_one_killed_on_the_way_give_the_same_bytes(tmp_path, monkeyp
     assert (local["config"]["engine"], record["config"]["engine"]) == ("local", "ray")
 
 
+def test_blocks_of_one_engine_serve_the_other(tmp_path, monkeypatch):
+    """Killed when all is predicted, a map ends with Ray, which is not even started for that."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    model(tmp_path)
+    write_scene(tmp_path / "scene.tif", make_chip(size=90))
+    _, expected = make_map(tmp_path, "expected")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("helpers.deployment.mapping.write_map", killed)
+        make_map(tmp_path, "map")
+    monkeypatch.setattr("helpers.deployment.engines.find_spec", lambda name: name)
+    record, found = make_map(tmp_path, "map", engine="ray")
+    assert record["predicted_in_this_run"] == 0 and found == expected
+
+
 @pytest.mark.parametrize(
     "nodes, parameters, expected",
     [

@@ -210,10 +210,12 @@ def test_blocks_whose_heads_cannot_be_removed_are_a_row_with_the_reason(tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_variants_of_every_kind_of_block(kind, tmp_path):
-    """A trained adapter among them, which is judged by its own logits."""
+    """A trained adapter among them, which is judged by its own logits; PiSSA changes its base."""
     classifier = tiny_classifier(None, kind)
     layers = runtimes.block_layers(classifier.backbone)
-    settings = AdapterSettings(targets=tuple({path.rsplit(".", 1)[1] for path in layers}))
+    targets = tuple({path.rsplit(".", 1)[1] for path in layers})
+    method = "pissa" if kind == "dinov2" else "lora"
+    settings = AdapterSettings(targets=targets, method=method)
     adapted = add_adapter(copy.deepcopy(classifier), settings).eval()
     with torch.no_grad():
         for name, value in adapted.named_parameters():

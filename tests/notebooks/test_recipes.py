@@ -88,7 +88,7 @@ def test_a_recipe_runs(name, tmp_path, monkeypatch):
     lay_out(parameters)
     small = SMALL | {"image_size": 2 * chosen.patch}
     if notebook == "finetune_lora":
-        run_config = config.model_copy(update=small).run("lora", 0)
+        run_config = config.model_copy(update=small | {"adapted_blocks": 3}).run("lora", 0)
     else:
         run_config = RunConfig.checked(**parameters | small)
     with tiny_architectures():

@@ -293,3 +293,9 @@ def with_interval(entry: Mapping[str, float] | pd.Series, digits: int = 3) -> st
     """`value [low, high]` of an entry with these names, as tables and sentences show it."""
     value, low, high = (f"{entry[name]:.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def with_group_interval(entry: Mapping[str, float], digits: int = 3) -> str:
+    """The same of a record's metric, with the interval over groups where it has one."""
+    ends = {end: entry.get(f"group_{end}", entry[end]) for end in ("low", "high")}
+    return with_interval({"value": entry["value"]} | ends, digits)

@@ -16,10 +16,10 @@ from helpers import InputError
 from helpers.config import Config
 from helpers.console import run_command
 from helpers.evaluation.calibration import read_validation
-from helpers.models.files import load_model
+from helpers.models.files import PREDICTIONS, load_model
 from helpers.records import written_whole
 from helpers.training.card import CARD, shareable, write_card
-from helpers.training.runs import ADAPTER, PREDICTIONS, WEIGHTS
+from helpers.training.runs import ADAPTER, WEIGHTS
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "classifier.json")
 _TOKEN = "log in with `hf auth login`, or set HF_TOKEN"

@@ -13,7 +13,7 @@ import pandas as pd
 
 from helpers.evaluation import comparison
 from helpers.evaluation.evidence_records import published_evidence
-from helpers.metrics import with_interval
+from helpers.metrics import with_group_interval, with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, plots
 from helpers.reporting.tables import markdown
@@ -66,7 +66,7 @@ def methods_table(data_set: Published) -> str:
     costs = comparison.cost_table(data_set.runs)
     lines = []
     for name, metrics in data_set.baselines.items():
-        cells = [_entry(metrics[metric]) for metric in ("accuracy", "auroc")]
+        cells = [with_group_interval(metrics[metric], 4) for metric in ("accuracy", "auroc")]
         lines.append((name, *cells, *"----"))
     for method, rows in data_set.means.groupby("method", sort=False):
         rows = rows.set_index("metric")
@@ -90,11 +90,6 @@ def methods_table(data_set: Published) -> str:
     header = ("method", "accuracy", "AUROC", "AUROC on validation", "trained", "kB to keep",
               "s per epoch")  # fmt: skip
     return markdown(header, lines)
-
-
-def _entry(entry: dict[str, float]) -> str:
-    """A metric of a record with the interval over places, where there is one."""
-    return with_interval({end: entry.get(f"group_{end}", entry[end]) for end in entry}, 4)
 
 
 def method_defaults_table() -> str:

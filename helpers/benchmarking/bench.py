@@ -19,7 +19,7 @@ from helpers.data.dataset import ChipData
 from helpers.deployment.variants.build import BUILDERS
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source, calibration_rows
 from helpers.models.classifier import Classifier
-from helpers.models.files import EXAMPLE_MODEL, load_model
+from helpers.models.files import EXAMPLE_MODEL, PREDICTIONS, load_model
 from helpers.records import check_plain_name
 from helpers.training.config import RunConfig
 
@@ -187,7 +187,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
     rows = data.manifest[data.manifest.split == "train"]
     calibration = calibration_rows(rows, config.calibration_chips, config.seed)
     folder = Path(config.output_path) / name
-    predictions = Path(config.model_path).parent / "predictions.parquet"
+    predictions = Path(config.model_path).parent / PREDICTIONS
     if predictions.is_file():  # so that a variant's answers have the thresholds of its model
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(predictions, folder / predictions.name)

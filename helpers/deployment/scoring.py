@@ -30,7 +30,7 @@ from helpers.evaluation.calibration import (
     read_validation,
 )
 from helpers.models.classifier import ClassifierConfig, config_from_json
-from helpers.models.files import load_model
+from helpers.models.files import PREDICTIONS, load_model
 from helpers.records import written_whole
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ def open_model(path: str | Path, threads: int | None = None, device: str = "auto
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    predictions = path.parent / "predictions.parquet"
+    predictions = path.parent / PREDICTIONS
     return Scorer(path.name, config, logits_of, digest.hexdigest(), predictions)
 
 

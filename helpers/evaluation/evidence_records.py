@@ -24,6 +24,7 @@ from helpers.evaluation.matching import imbalance, matched_pairs
 from helpers.evaluation.seeds import Draws, method_gains, method_means, test_draws
 from helpers.evaluation.task import REFERENCE, Trial
 from helpers.metrics import over_seeds
+from helpers.models.adapters import PEFT_METHODS
 from helpers.records import ROOT, environment, write_json, written_whole
 from helpers.training.runs import Run
 
@@ -167,34 +168,41 @@ def entry(trial: Trial, run: Run, measured: bool, most_epochs: int) -> dict[str,
     in a process of their own; `stopped` says that validation had stopped improving.
     """
     record, history = run.record, run.history
-    config, machine = record["config"], record["environment"]["machine"]
-    adapts = record["method"] not in ("head_only", "full")
     frozen = (record.get("tokens") or {}).get("seconds", 0.0)
     if rate := record.get("features_per_second"):
         frozen = (record["chips"]["train"] + record["chips"]["valid"]) / rate
     return {
+        **run_facts(run, measured),
         "run": trial.name,
-        "backbone": record["backbone"],
         "method": trial.method,
         "learning_rate": trial.rate,
         "seed": trial.seed,
         "train_fraction": trial.fraction,
         "random_split": trial.random_split,
-        "k": config["adapted_blocks"],
-        "rank": config["lora_rank"] if adapts else None,
-        "layers": "+".join(config["lora_targets"]) if adapts else None,
-        "train_chips": record["chips"]["train"],
         "best_epoch": record["best_epoch"],
         "epochs": record["epochs_trained"],
         "stopped": record["epochs_trained"] < most_epochs,
-        "trained_parameters": record["parameters"]["trainable"],
         "seconds": round(float(history.seconds.sum() + frozen), 2),
-        "memory_bytes": int(history.peak_memory_bytes.max()) if measured else None,
         "valid": record["valid"],
         "test": record["test"],
         "failure": record["failure"],
         "data_fingerprint": record["data_fingerprint"],
         "weights_digest": record["weights_digest"],
+    }
+
+
+def run_facts(run: Run, measured: bool) -> dict[str, Any]:
+    """What a table of runs says of one besides its metrics; `measured` as in `entry`."""
+    record, config = run.record, run.record["config"]
+    machine, adapts = record["environment"]["machine"], record["method"] in PEFT_METHODS
+    return {
+        "backbone": record["backbone"],
+        "k": config.get("adapted_blocks"),  # older records have none
+        "rank": config["lora_rank"] if adapts else None,
+        "layers": "+".join(config["lora_targets"]) if adapts else None,
+        "train_chips": record["chips"]["train"],
+        "trained_parameters": record["parameters"]["trainable"],
+        "memory_bytes": int(run.history.peak_memory_bytes.max()) if measured else None,
         "machine": machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}",
         "commit": record["environment"]["git_commit"],
     }

@@ -17,6 +17,7 @@ from helpers.records import check_plain_name, written_whole
 if TYPE_CHECKING:
     from peft import PeftModel
 
+PREDICTIONS = "predictions.parquet"  # of a run, beside its weights
 EXAMPLE_MODEL = "runs/head_only_example_example_seed0/model_final.safetensors"
 """What `setup_finetune.ipynb` leaves with its defaults."""
 

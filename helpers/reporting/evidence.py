@@ -7,7 +7,7 @@ import pandas as pd
 
 from helpers.evaluation.evidence_records import Evidence, best_trivial
 from helpers.evaluation.task import REFERENCE
-from helpers.metrics import with_interval
+from helpers.metrics import with_group_interval, with_interval
 from helpers.reporting.answers import in_a_word, signed
 from helpers.reporting.tables import markdown
 
@@ -61,7 +61,7 @@ def tasks_table(found: dict[str, Evidence]) -> str:
     for evidence in found.values():
         record = evidence.record
         name, trivial = best_trivial(evidence)
-        cells = [_places_first(trivial[metric]) for metric in ("accuracy", "auroc")]
+        cells = [with_group_interval(trivial[metric]) for metric in ("accuracy", "auroc")]
         lines.append((_name(evidence), name, *cells, *"------"))
         for method in methods_of(evidence):
             tests = [
@@ -91,11 +91,6 @@ def tasks_table(found: dict[str, Evidence]) -> str:
               "AUROC on validation", "AUROC ahead of the head", "better?", "trained",
               "seconds", "peak MB")  # fmt: skip
     return markdown(header, lines) if lines else NOTHING_YET
-
-
-def _places_first(entry: dict[str, float]) -> str:
-    """A metric of a record with its interval over places where there is one."""
-    return with_interval({end: entry.get(f"group_{end}", entry[end]) for end in entry}, 3)
 
 
 def rates_table(found: dict[str, Evidence]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.evaluation.evidence_records import SHOWN, TRIVIAL, Evidence
+from helpers.evaluation.evidence_records import SHOWN, TRIVIAL, Evidence, run_facts
 from helpers.metrics import METRICS
 from helpers.training.runs import Run
 
@@ -53,25 +53,13 @@ def comparison_rows(
     rows += mean_rows(common, means.to_dict("records"))
     for name, run in runs.items():
         record, config = run.record, run.record["config"]
-        machine, adapts = (
-            record["environment"]["machine"],
-            record["method"] not in ("head_only", "full"),
-        )
-        facts = {
+        facts = run_facts(run, name in measured) | {
             "run": name,
             "method": record["method"],
-            "k": config.get("adapted_blocks"),  # older records have none
-            "rank": config["lora_rank"] if adapts else None,
-            "layers": "+".join(config["lora_targets"]) if adapts else None,
             "seed": config["seed"],
-            "train_chips": record["chips"]["train"],
             "train_fraction": config["train_fraction"],
             "places": "held out",
             "seconds": round(float(run.history.seconds.sum()), 2),
-            "memory_bytes": int(run.history.peak_memory_bytes.max()) if name in measured else None,
-            "trained_parameters": record["parameters"]["trainable"],
-            "machine": machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}",
-            "commit": record["environment"]["git_commit"],
         }
         rows += run_rows(common | facts, record)
     return rows

@@ -25,7 +25,7 @@ from helpers.models.adapters import load_adapter, merge_adapter, save_adapter
 from helpers.models.architectures import weights_licence
 from helpers.models.backbones import create_backbone, weights_digest
 from helpers.models.classifier import Classifier
-from helpers.models.files import load_classifier, save_classifier
+from helpers.models.files import PREDICTIONS, load_classifier, save_classifier
 from helpers.records import environment, write_json, written_whole
 from helpers.training.card import CARD, shareable, write_card
 from helpers.training.config import RunConfig
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MERGED_LIMIT_BYTES = 500e6
 """A merged copy of a larger backbone is only kept on demand: its adapter is a thousandth of it."""
 
-WEIGHTS, ADAPTER, PREDICTIONS = "model_final.safetensors", "adapter", "predictions.parquet"
+WEIGHTS, ADAPTER = "model_final.safetensors", "adapter"
 
 
 @dataclass(frozen=True)

@@ -329,10 +329,10 @@ def map_answer(record: dict, quality: pd.DataFrame | None, positive: str) -> str
         said += f" {counts['unsure'] / answered:.0%} are unsure at an error rate of {rate:.0%}."
     if quality is None:
         return said
-    parts = [f"{row.accuracy} of {row.cells:,} {row.shown} cells" for row in quality.itertuples()]
+    parts = [f"{row.accuracy} of {row.cells:,} ({row.shown})" for row in quality.itertuples()]
     return (
-        f"{said} Where the drawn ground is clear, the map is right on {', '.join(parts)} "
-        "(95 % over places)."
+        f"{said} Where the drawn ground is clear, the map is right on {', '.join(parts)} cells; "
+        "intervals are 95 % over places."
     )
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from helpers.evaluation.evidence_records import Evidence
 from helpers.records import ROOT, written_whole
-from helpers.reporting import evidence, evidence_plots, plots
+from helpers.reporting import evidence, evidence_plots, place_plots, plots
 from helpers.reporting.results_page import Report, results_page
 from helpers.reporting.results_table import comparison_rows, csv, evidence_rows, results_table
 from tools.published import Published
@@ -82,7 +82,7 @@ def draw(found: dict[str, Evidence], folder: Path = ROOT / FIGURES) -> None:
         plots.save(drawing[name](table, labels), folder / f"{name}.png")
     for name, places in places_of(found).items():
         title = f"{evidence.LORA} on the test places of {name}, {labels}"
-        plots.save(evidence_plots.places_map(places, title), folder / f"places_{name}.png")
+        plots.save(place_plots.places_map(places, title), folder / f"places_{name}.png")
 
 
 def results(sets: dict[str, Published], found: dict[str, Evidence]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from helpers.evaluation import comparison
 from helpers.evaluation.evidence_records import published_evidence
 from helpers.metrics import with_group_interval, with_interval
 from helpers.records import ROOT, written_whole
-from helpers.reporting import answers, plots
+from helpers.reporting import answers, comparison_plots, plots
 from helpers.reporting.tables import markdown
 from helpers.training.config import METHOD_DEFAULTS
 from tools import evidence_pages
@@ -48,11 +48,11 @@ def rebuild(data_set: Published) -> None:
     headline = comparison.headline_rows(data_set.all_runs, data_set.config)
     shapes = comparison.by_shape(data_set.all_runs, data_set.config, "accuracy")
     drawn = {
-        "lora_curves": plots.method_curves(histories, title),
-        "lora_roc_pr": plots.operating_curves(curves, f"Test split, {title}"),
-        "lora_reliability": plots.reliability_diagram(reliability, title),
-        "lora_headline": plots.headline(headline, title),
-        "lora_ranks": plots.against(shapes, "trainable_parameters", "accuracy", title),
+        "lora_curves": comparison_plots.method_curves(histories, title),
+        "lora_roc_pr": comparison_plots.operating_curves(curves, f"Test split, {title}"),
+        "lora_reliability": comparison_plots.reliability_diagram(reliability, title),
+        "lora_headline": comparison_plots.headline(headline, title),
+        "lora_ranks": comparison_plots.against(shapes, "trainable_parameters", "accuracy", title),
     }
     for name, figure in drawn.items():
         plots.save(figure, figures / f"{name}.png")

@@ -328,7 +328,7 @@ def by_training_chips(runs: dict[str, Run], config: CompareConfig, metric: str) 
 
 
 def headline_rows(runs: dict[str, Run], config: CompareConfig) -> pd.DataFrame:
-    """What `plots.headline` draws: `test_rows` of accuracy and AUROC, and AUROC by training chips.
+    """What `comparison_plots.headline` draws: accuracy, AUROC, and AUROC by training chips.
 
     `panel` says which: methods, or training chips.
     """

@@ -68,30 +68,3 @@ def methods_by_task(means: pd.DataFrame, title: str) -> Figure:
         axis.tick_params(axis="x", labelsize=7, rotation=45)
         axis.margins(y=0.12)
     return titled(figure, title)
-
-
-def places_map(where: pd.DataFrame, title: str) -> Figure:
-    """Test places where they lie, with their accuracy; the area of a circle is their chips.
-
-    Args:
-        where: `group`, `chips`, `longitude`, `latitude` (degrees), `accuracy` of one method.
-        title: names the task and the method.
-    """
-    figure, axis = plt.subplots(figsize=(PAGE * 0.7, 4.6))
-    areas = 20 + 400 * where.chips / where.chips.max()  # square points
-    drawn = axis.scatter(
-        where.longitude, where.latitude, s=areas, c=where.accuracy, cmap="cividis", edgecolor="0.2",
-        alpha=0.85,
-    )  # fmt: skip
-    for row, area in zip(where.itertuples(), areas, strict=True):
-        axis.annotate(
-            f"{row.accuracy:.2f}", (row.longitude, row.latitude), va="center", fontsize=7,
-            xytext=((area / np.pi) ** 0.5 + 2, 0), textcoords="offset points",
-        )  # fmt: skip
-    # A degree of longitude is shorter than one of latitude by the cosine of the latitude.
-    axis.set_aspect(1 / np.cos(np.deg2rad(where.latitude.mean())))
-    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
-    axis.tick_params(axis="x", rotation=30)
-    axis.margins(0.12)
-    figure.colorbar(drawn, label="accuracy, mean over seeds")
-    return titled(figure, title)

@@ -1,0 +1,156 @@
+"""Figures of runs side by side: methods, seeds, amounts of data and shapes."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from helpers.reporting.plots import METRIC_NAMES, PAGE, bars, method_styles, titled
+
+
+def method_curves(histories: pd.DataFrame, title: str) -> Figure:
+    """Training loss, validation loss and validation AUROC by epoch; one line a method and seed.
+
+    Args:
+        histories: `method`, `seed` and the columns of a history.
+        title: names backbone, weights and data.
+    """
+    styles = method_styles(list(histories.method.unique()))
+    panels = {
+        "train_loss": "training loss (cross entropy)",
+        "valid_loss": "validation loss (cross entropy)",
+        "valid_auroc": "validation AUROC",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(PAGE, 3.2))
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        for (method, seed), history in histories.groupby(["method", "seed"], sort=False):
+            first = seed == histories.seed.iloc[0]
+            axis.plot(
+                history.epoch, history[column], markersize=4, linewidth=1.2,
+                label=method if first else None, markevery=max(1, len(history) // 8),
+                **styles[method],
+            )  # fmt: skip
+        axis.set(xlabel="epoch", ylabel=label, xscale="log")
+        axis.xaxis.set_major_formatter("{x:.0f}")
+    axes[0].legend(fontsize=8)
+    return titled(figure, title)
+
+
+def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
+    """A test metric with its interval against a column, on a log axis, one colour a method.
+
+    Args:
+        rows: `method`, `value`, `low`, `high` and the column x.
+        x: name of that column, with underscores for spaces.
+        metric: what the values are, one of METRIC_NAMES.
+        title: names backbone, weights and data.
+        lines: whether to join the points of a method.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.7, 3.4))
+    _against(axis, rows, x, metric, lines)
+    axis.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None:
+    styles = method_styles(list(rows.method.unique()))
+    for method, points in rows.groupby("method", sort=False):
+        points = points.sort_values(x)
+        # Seeds of one method and place stand side by side.
+        number = points.groupby(x).cumcount() - (points.groupby(x)[x].transform("size") - 1) / 2
+        axis.errorbar(
+            points[x] * 1.06**number, points.value, bars(points), markersize=4, capsize=2,
+            linewidth=1, label=method, **styles[method] | ({} if lines else {"linestyle": ""}),
+        )  # fmt: skip
+    name = f"test {METRIC_NAMES[metric]}, 95 % interval"
+    axis.set(xscale="log", xlabel=x.replace("train_", "training ").replace("_", " "), ylabel=name)
+    values = sorted(rows[x].unique())
+    if lines or len(values) <= 3:  # a power of ten may not lie between so few
+        axis.set_xticks(values, minor=False)
+    axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def headline(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy and AUROC of every method and seed, and AUROC by number of training chips.
+
+    Args:
+        table: as from `comparison.headline_rows`.
+        title: names backbone, weights and data.
+    """
+    tests, by_size = (table[table.panel == panel] for panel in ("methods", "training chips"))
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE * 1.15, 3.3), width_ratios=(1, 1, 1.25))
+    methods = list(tests.method.unique())
+    styles = method_styles(methods)
+    for axis, metric in zip(axes, ("accuracy", "auroc"), strict=False):
+        for place, method in enumerate(methods):
+            seeds = tests[(tests.method == method) & (tests.metric == metric)]
+            offsets = np.linspace(-0.25, 0.25, len(seeds)) if len(seeds) > 1 else [0]
+            axis.errorbar(
+                place + np.asarray(offsets), seeds.value, bars(seeds), markersize=4, capsize=2,
+                linewidth=1, **styles[method] | {"linestyle": ""},
+            )  # fmt: skip
+        axis.set_xticks(range(len(methods)), [m.replace("_", "\n") for m in methods])
+        axis.set(
+            ylabel=f"test {METRIC_NAMES[metric]}, 95 % interval", xlim=(-0.6, len(methods) - 0.4)
+        )
+    _against(axes[2], by_size, "train_chips", "auroc", lines=True)
+    return titled(figure, title)
+
+
+def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
+    """ROC and precision-recall curves: `method`, `curve` (roc or pr), `x`, `y`."""
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.8))
+    styles = method_styles(list(curves.method.unique()))
+    for (method, curve), points in curves.groupby(["method", "curve"], sort=False):
+        line = styles[method] | {"marker": ""}
+        axes[int(curve == "pr")].plot(points.x, points.y, label=method, **line)
+    axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":", label="chance")
+    axes[0].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall")
+    for axis in axes:
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axis.legend(fontsize=8)
+    return titled(figure, title)
+
+
+def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy against confidence per bin; area of a point: images in the bin.
+
+    Args:
+        table: `method`, `confidence`, `accuracy`, `images`.
+        title: names backbone, weights and data.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE * 0.5, 3.8))
+    low = min(0.45, table.confidence.min() - 0.05)
+    axis.plot([low, 1], [low, 1], color="0.6", linestyle=":", label="perfectly calibrated")
+    styles = method_styles(list(table.method.unique()))
+    for method, bins in table.groupby("method", sort=False):
+        size = 250 * bins.images / bins.images.sum()
+        axis.scatter(
+            bins.confidence, bins.accuracy, s=size + 8, color=styles[method]["color"],
+            marker=styles[method]["marker"], alpha=0.7, label=method,
+        )  # fmt: skip
+    axis.set(xlabel="mean confidence of the bin", ylabel="accuracy in the bin", title=title)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Relative change of every linear layer by block (`weight_changes`), a panel a method."""
+    figure, axes = plt.subplots(1, len(changes), figsize=(PAGE, 4), squeeze=False, sharey=True)
+    top = max(table.relative_change.max() for table in changes.values())
+    for axis, (method, table) in zip(axes.flat, changes.items(), strict=True):
+        grid = table.pivot(index="block", columns="layer", values="relative_change")
+        sns.heatmap(
+            grid, annot=True, fmt=".3f", cmap="cividis", vmin=0, vmax=top, ax=axis, cbar=False,
+            annot_kws={"fontsize": 7},
+        )  # fmt: skip
+        axis.set(title=method, xlabel="layer", ylabel="block")
+        axis.tick_params(axis="y", rotation=0)
+        axis.label_outer()
+    return titled(figure, title)

@@ -40,7 +40,10 @@ class BenchmarkConfig(Places):
         None, description=f"to build, all by default, from {', '.join(BUILDERS)}"
     )
     gate_points: float = Field(
-        0.5, ge=0, description="accuracy that a deployable variant may lose, in percentage points"
+        0.5,
+        ge=0,
+        description="accuracy that a deployable variant may lose, in percentage points: upper end "
+        "of the 95 % interval on the validation split",
     )
     calibration_chips: PositiveInt = Field(
         64,
@@ -147,6 +150,13 @@ class Bench:
     targets: np.ndarray
     threads: int
     device: str
+
+    def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Chips (N, bands, S, S) and targets (N,) of `valid`, which decides, or of `test`."""
+        if name == "test":
+            return self.chips, self.targets
+        chips, targets = self.source.valid
+        return chips.numpy(), targets.numpy()
 
 
 def open_bench(config: BenchmarkConfig) -> Bench:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from helpers.benchmarking.latency import noise
-from helpers.benchmarking.quality import worst_rows
+from helpers.benchmarking.quality import passing, worst_rows
 from helpers.deployment.variants.source import CONTROL, REFERENCE
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ INT8_FILE = 0.27
 def summarise(benchmark: "Benchmark") -> pd.DataFrame:
     """One row per variant, those that do not run included.
 
-    Beside the columns of `build_variants` and `measure_quality` (of several batch sizes the one
-    that loses most): `p50_ms` at the smallest batch, `images_per_s` and `speedup` at the batch
-    size that is best for the variant, `loaded_mib`, `peak_mib` (largest batch; on a GPU that of
-    its memory) and `cold_start_s` (process start to the first prediction). What computes the same
-    as another variant has the other's costs, named in `costs_as`.
+    Beside the columns of `build_variants`: those of `measure_quality` on the test split, of several
+    batch sizes the one that loses most; accuracy and points lost on the validation split with
+    `valid_` before their names; `passes_gate`; `p50_ms` at the smallest batch, `images_per_s` and
+    `speedup` at the batch size that is best for the variant, `loaded_mib`, `peak_mib` (largest
+    batch; on a GPU that of its memory) and `cold_start_s` (process start to the first prediction).
+    What computes the same as another variant has the other's costs, named in `costs_as`.
     """
     sizes, latency, memory = benchmark.config.batch_sizes, benchmark.latency, benchmark.memory
     single = latency[latency.batch_size == min(sizes)].set_index("variant").p50_ms
@@ -45,12 +46,16 @@ def summarise(benchmark: "Benchmark") -> pd.DataFrame:
             "cold_start_s": memory.start_s + memory.load_s + memory.first_prediction_s,
         }
     )
-    quality = worst_rows(benchmark.quality).rename(columns={"batch_size": "quality_batch"})
-    table = benchmark.built.merge(quality, on="variant", how="left")
+    quality = benchmark.quality
+    judged = worst_rows(quality, "valid").set_index("variant").filter(like="accuracy")
+    test = worst_rows(quality, "test").rename(columns={"batch_size": "quality_batch"})
+    test = test.drop(columns=["split", "passes_gate"])
+    table = benchmark.built.merge(judged.add_prefix("valid_"), on="variant", how="left")
+    table = table.merge(test, on="variant", how="left")
     table["costs_as"] = table.variant.map(benchmark.costs_as)
     measured = table.costs_as.fillna(table.variant)
     table = table.merge(costs, left_on=measured, right_index=True, how="left").drop(columns="key_0")
-    return table.assign(passes_gate=table.passes_gate.eq(True))
+    return table.assign(passes_gate=table.variant.isin(passing(quality)))
 
 
 def decide(summary: pd.DataFrame) -> dict[str, str]:

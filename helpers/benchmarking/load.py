@@ -11,7 +11,7 @@ from helpers import InputError
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.limits import energy_meter
 from helpers.benchmarking.load_generator import System, all_scenarios, run_scenario
-from helpers.benchmarking.quality import worst_rows
+from helpers.benchmarking.quality import passing
 from helpers.deployment.runtimes import Variant, remote
 from helpers.deployment.variants.source import CONTROL, REFERENCE
 
@@ -42,8 +42,7 @@ def load_names(bench: Bench, quality: pd.DataFrame, latency: pd.DataFrame) -> tu
         if missing:
             raise InputError(f"load_variants: {', '.join(sorted(missing))} was not timed here")
         return bench.config.load_variants
-    worst = worst_rows(quality)
-    rows = latency[latency.variant.isin(worst.variant[worst.passes_gate])]
+    rows = latency[latency.variant.isin(passing(quality))]
     fastest = rows.variant[rows.images_per_s.idxmax()]
     return tuple(dict.fromkeys((REFERENCE, fastest)))
 

@@ -1,16 +1,17 @@
 """Every sentence that is generated from numbers, and the numbers that decide its words."""
 
 import html
-import math
 from pathlib import Path
 
 import pandas as pd
 
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.benchmark import Benchmark
+from helpers.benchmarking.latency import noise
 from helpers.benchmarking.limits import energy_meter
 from helpers.deployment.mapping import MapConfig
 from helpers.deployment.scoring import PredictConfig
+from helpers.deployment.variants.source import CONTROL, REFERENCE
 from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
 from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_by_group, accuracy_intervals
@@ -234,24 +235,36 @@ def form_answer(summary: pd.DataFrame, name: str) -> str:
         summary: of `decision.summarise`, by variant.
         name: of the recommended variant.
     """
-    eager, best = summary.loc["eager_fp32"], summary.loc[name]
+    rates = summary.assign(chips_per_s=1e3 / summary.p50_ms)
+    eager, best = rates.loc[REFERENCE], rates.loc[name]
+    control = rates.loc[CONTROL] if CONTROL in rates.index else eager
+
+    def times_as_fast(column: str) -> str:
+        ratio = best[column] / eager[column]
+        beyond = max(ratio, 1 / ratio) > noise(control[column] / eager[column])
+        return f"{ratio:.1f} times as fast" if beyond else "as fast within the noise"
+
     return (
         f"`{name}`: {best.accuracy_loss_points:+.2f} points of accuracy lost "
         f"[{best.accuracy_loss_points_low:+.2f}, {best.accuracy_loss_points_high:+.2f}], "
-        f"{eager.p50_ms / best.p50_ms:.1f} times as fast for one chip, "
-        f"{best.images_per_s / eager.images_per_s:.1f} times in batches, "
+        f"{times_as_fast('chips_per_s')} for one chip, "
+        f"{times_as_fast('images_per_s')} in batches, "
         f"{best.mebibytes_on_disk / eager.mebibytes_on_disk:.2f} of the file."
     )
 
 
 def gate_sentence(bench: Bench) -> str:
-    """What the quality gate means on so many test chips."""
-    n, gate = len(bench.targets), bench.config.gate_points
-    chips = math.floor(gate / 100 * n + 1e-9)
-    may = "no chip at all" if chips == 0 else f"{chips} chip{'s' if chips > 1 else ''} net"
+    """What the quality gate means on so many validation chips, and what they can certify."""
+    n, gate = len(bench.source.valid[1]), bench.config.gate_points
+    # Of n independent chips without a loss, with 95 % confidence (Wilks 1941).
+    certain = 100 * (1 - 0.05 ** (1 / n))
+    enough = "no more than" if certain <= gate else "more than"
     return (
-        f"One of the {n} test chips is {100 / n:.2f} points of accuracy, so a gate of {gate:g} "
-        f"points lets a variant lose {may}."
+        f"A form passes where the upper end of the interval of its points lost on the {n} "
+        f"validation chips is at most {gate:g}. One of these chips is {100 / n:.2f} points, and a "
+        f"form that loses none of them may still lose {certain:.2f} points of all (95 %, chips "
+        f"taken as independent): {enough} the gate allows, so that these chips "
+        f"{'can' if certain <= gate else 'cannot'} certify it."
     )
 
 
@@ -280,9 +293,10 @@ def deployment_sentence(benchmark: Benchmark) -> str:
         )
     machine = environment()["machine"]
     return (
-        f"Deploy {name} ({row.made}): of the variants within {bench.config.gate_points:g} points "
-        f"of the reference's accuracy it has the {' and the '.join(wins)}. Accuracy "
-        f"{row.accuracy:.3f} [{row.accuracy_low:.3f}, {row.accuracy_high:.3f}] on "
+        f"Deploy {name} ({row.made}): of the variants that lose at most "
+        f"{bench.config.gate_points:g} points of accuracy (upper end of the 95 % interval on "
+        f"{len(bench.source.valid[1])} validation chips) it has the {' and the '.join(wins)}. "
+        f"Accuracy {row.accuracy:.3f} [{row.accuracy_low:.3f}, {row.accuracy_high:.3f}] on "
         f"{len(bench.targets)} test chips, {row.accuracy_loss_points:+.2f} points lost "
         f"[{row.accuracy_loss_points_low:+.2f}, {row.accuracy_loss_points_high:+.2f}]; median "
         f"latency {row.p50_ms:.1f} ms for one chip, {row.images_per_s:.0f} images/s, "

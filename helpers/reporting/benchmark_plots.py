@@ -43,10 +43,10 @@ def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
         return [shown.format(*row) if row[0] == row[0] else "" for row in zip(*ends, strict=True)]
 
     columns = ["precision", "recall", "f1", "auroc", "max_logit_difference", "agreement"]
-    view = quality[["variant", "batch_size", *columns]].rename(
+    view = quality[["split", "variant", "batch_size", *columns]].rename(
         columns={"batch_size": "batch", "max_logit_difference": "max Δ logit"}
     )
-    view.insert(2, "accuracy", interval("accuracy", ".3f"))
+    view.insert(3, "accuracy", interval("accuracy", ".3f"))
     lost = interval("accuracy_loss_points", "+.2f")
     return view.assign(**{"points lost": lost, "gate": quality.passes_gate})
 
@@ -82,12 +82,12 @@ def scenario_view(scenarios: pd.DataFrame) -> pd.DataFrame:
 
 
 def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
-    """Accuracy against latency and against memory; hollow marks fail the gate.
+    """Validation accuracy against latency and against memory; hollow marks fail the gate.
 
     The line joins what nothing else beats in both; only that and the reference are named. What
     loses more than _FAR points is named in a corner, or the rest would be one line.
     """
-    rows = summary[summary.accuracy.notna()]
+    rows = summary.assign(accuracy=summary.valid_accuracy).dropna(subset="accuracy")
     reference = rows[rows.variant == REFERENCE].iloc[0]
     far = rows[rows.accuracy < reference.accuracy - _FAR / 100]
     rows = rows.drop(index=far.index)
@@ -98,7 +98,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     )
     for axis, (cost, label) in zip(axes, panels, strict=True):
         floor = 100 * reference.accuracy - gate_points
-        axis.axhline(floor, color="0.4", linestyle=":", label="quality gate")
+        axis.axhline(floor, color="0.4", linestyle=":", label="points lost as the gate")
         for row in rows.itertuples():
             family = _family(row.variant)
             face = _COLOURS[family] if row.passes_gate else "none"
@@ -113,7 +113,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
         axis.set(xlabel=label, xscale="log")
         _plain_log(axis.xaxis)
         axis.margins(x=0.2, y=0.25)
-    axes[0].set_ylabel("test accuracy (%)")
+    axes[0].set_ylabel("validation accuracy (%)")
     _family_legend(axes[1], rows.variant)
     below = ", ".join(f"{row.variant} {row.accuracy:.1%}" for row in far.itertuples())
     if below:

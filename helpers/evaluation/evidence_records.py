@@ -164,13 +164,10 @@ def matching_entry(targets: np.ndarray, statistics: np.ndarray, pairs: np.ndarra
 def entry(trial: Trial, run: Run, measured: bool, most_epochs: int) -> dict[str, Any]:
     """What a record keeps of a run.
 
-    `seconds` are those of all epochs and of the frozen part before them; memory is kept of runs
-    in a process of their own; `stopped` says that validation had stopped improving.
+    Memory is kept of runs in a process of their own; `stopped` says that validation had stopped
+    improving.
     """
-    record, history = run.record, run.history
-    frozen = (record.get("tokens") or {}).get("seconds", 0.0)
-    if rate := record.get("features_per_second"):
-        frozen = (record["chips"]["train"] + record["chips"]["valid"]) / rate
+    record = run.record
     return {
         **run_facts(run, measured),
         "run": trial.name,
@@ -182,13 +179,26 @@ def entry(trial: Trial, run: Run, measured: bool, most_epochs: int) -> dict[str,
         "best_epoch": record["best_epoch"],
         "epochs": record["epochs_trained"],
         "stopped": record["epochs_trained"] < most_epochs,
-        "seconds": round(float(history.seconds.sum() + frozen), 2),
         "valid": record["valid"],
         "test": record["test"],
         "failure": record["failure"],
         "data_fingerprint": record["data_fingerprint"],
         "weights_digest": record["weights_digest"],
     }
+
+
+def training_seconds(run: Run) -> float:
+    """Seconds of a whole training: of the frozen part before the epochs, and of all epochs.
+
+    The frozen part are the features of head_only, or the tokens of the blocks before the adapted
+    ones, of the training and validation chips; where a run read them, what they took to compute.
+    An epoch's seconds are those of its steps, without its validation.
+    """
+    record = run.record
+    frozen = (record.get("tokens") or {}).get("seconds", 0.0)
+    if rate := record.get("features_per_second"):
+        frozen = (record["chips"]["train"] + record["chips"]["valid"]) / rate
+    return float(run.history.seconds.sum() + frozen)
 
 
 def run_facts(run: Run, measured: bool) -> dict[str, Any]:
@@ -202,6 +212,7 @@ def run_facts(run: Run, measured: bool) -> dict[str, Any]:
         "layers": "+".join(config["lora_targets"]) if adapts else None,
         "train_chips": record["chips"]["train"],
         "trained_parameters": record["parameters"]["trainable"],
+        "seconds": round(training_seconds(run), 2),
         "memory_bytes": int(run.history.peak_memory_bytes.max()) if measured else None,
         "machine": machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}",
         "commit": record["environment"]["git_commit"],

@@ -17,7 +17,8 @@ COLUMNS = (
 """`study` is where the runs come from (`sources` of the results page); `backbone` names its weights
 too, and is empty where there is none; `k` the last blocks that
 were adapted, none for all; `seed` is `mean` for the mean over seeds; `places` says whether the
-splits hold whole places (`held out`) or mix them (`mixed`). Intervals are over places."""
+splits hold whole places (`held out`) or mix them (`mixed`). Intervals are over places. `seconds`
+are those of the whole training, its frozen part included (`evidence_records.training_seconds`)."""
 
 
 def evidence_rows(evidence: Evidence) -> list[dict[str, Any]]:
@@ -59,7 +60,6 @@ def comparison_rows(
             "seed": config["seed"],
             "train_fraction": config["train_fraction"],
             "places": "held out",
-            "seconds": round(float(run.history.seconds.sum()), 2),
         }
         rows += run_rows(common | facts, record)
     return rows

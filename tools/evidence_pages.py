@@ -28,6 +28,7 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
         "when": evidence.when_lora_pays(found),
         "tasks": with_figure("methods", found, evidence.tasks_table(found)),
         "sentences": "\n".join(sentences) or evidence.NOTHING_YET,
+        "ranks": evidence.ranks_table(found),
         "shares": with_figure("gain_by_chips", found, evidence.shares_table(found)),
         "mixed": evidence.random_split_table(found),
         "where": "\n\n".join(picture(f"places_{name}") for name in places_of(found))

@@ -1,8 +1,8 @@
 """All runs that answer the project's questions on one task, from one configuration file.
 
 Every method first gets a learning rate, chosen on validation with as many trials as any other
-method; then come its other seeds, smaller shares of the training chips, and a split that mixes
-places. Finished runs are read, so that it goes on where it was stopped.
+method; then come its other seeds, smaller shares of the training chips, a split that mixes places,
+and other ranks and layers. Finished runs are read, so that it goes on where it was stopped.
 """
 
 import math
@@ -82,12 +82,13 @@ class Collection:
         """
         self.task, self.report = task, report
         self.folder = Path(output) / task.name
-        configs = [self.config(trial).resolved() for trial in grid(task)]
+        self.left = [*grid(task), *(trial for stage in planned(task).values() for trial in stage)]
+        shapes = [Trial(name, task.seeds[0]) for name in task.shapes]
+        configs = [self.config(trial).resolved() for trial in (*grid(task), *shapes)]
         self.data = DataConfig.data(configs[0])
         self.runs: dict[Trial, Run] = {}
         self.trials: list[dict[str, Any]] = []
         self.choices: dict[str, Choice] = {}
-        self.left = [*grid(task), *(trial for stage in planned(task).values() for trial in stage)]
         self.expected = self.seconds = 0.0
         self._forward_seconds, self._depth = forward_seconds(configs[0], self.data)
 
@@ -203,10 +204,14 @@ class Collection:
         self.trials.append(row | numbers | {"epochs": run.record["epochs_trained"]})
         return candidate["valid_loss"]
 
+    def rate(self, name: str) -> float:
+        """The chosen learning rate of a row, or of the row that a shape changes."""
+        shape = self.task.shapes.get(name)
+        return self.choices[shape.of if shape else name].rate
+
     def published(self) -> dict[Trial, Run]:
         """Finished runs with the chosen learning rates."""
-        rates = {method: choice.rate for method, choice in self.choices.items()}
-        return {t: run for t, run in self.runs.items() if rates.get(t.method) == t.rate}
+        return {t: run for t, run in self.runs.items() if self.rate(t.method) == t.rate}
 
     def collect(self, gather: Callable[["Collection"], None]) -> None:
         """Do all runs that are missing.
@@ -221,7 +226,7 @@ class Collection:
             self.choices[method] = self.choose(method)
         for stage, trials in planned(self.task).items():
             for trial in trials:
-                self.run(replace(trial, rate=self.choices[trial.method].rate))
+                self.run(replace(trial, rate=self.rate(trial.method)))
             if trials or stage == "seeds":
                 gather(self)
 

@@ -56,12 +56,18 @@ class Evidence:
     def runs(self, fraction: float = 1.0, random_split: bool = False) -> dict[tuple, Run]:
         """Runs by method and seed, as `seeds.method_means` takes them."""
         return {
-            (entry["method"], entry["seed"]): Run(
-                None, None, pd.DataFrame(), self._tables[entry["run"]], entry
-            )
+            (entry["method"], entry["seed"]): self._run(entry)
             for entry in self.record["runs"]
             if (entry["train_fraction"], entry["random_split"]) == (fraction, random_split)
         }
+
+    def shapes(self) -> dict[tuple, Run]:
+        """Runs with other ranks and layers, by shape and seed; older records have none."""
+        entries = self.record.get("shapes", [])
+        return {(entry["method"], entry["seed"]): self._run(entry) for entry in entries}
+
+    def _run(self, entry: dict[str, Any]) -> Run:
+        return Run(None, None, pd.DataFrame(), self._tables[entry["run"]], entry)
 
     def trivial(self) -> dict[str, pd.DataFrame]:
         """Test predictions of what knows no shapes, by name."""
@@ -106,6 +112,10 @@ def gather(collection: Collection, folder: Path = PUBLISHED) -> Evidence:
     tables |= read_baseline_predictions(config)
     predictions = pd.concat([table.assign(run=name) for name, table in tables.items()])
     predictions["run"] = predictions["run"].astype("category")
+    entries = [
+        entry(trial, run, collection.is_measured(trial), collection.config(trial).epochs)
+        for trial, run in done.items()
+    ]
     test = data.manifest[data.manifest.split == "test"]
     grouped = data.manifest[data.manifest.group != ""]
     record = {
@@ -123,10 +133,8 @@ def gather(collection: Collection, folder: Path = PUBLISHED) -> Evidence:
             for row in collection.trials
         ],
         "baselines": of_data["test"],
-        "runs": [
-            entry(trial, run, collection.is_measured(trial), collection.config(trial).epochs)
-            for trial, run in done.items()
-        ],
+        "runs": [one for one in entries if one["method"] in task.methods],
+        "shapes": [one for one in entries if one["method"] in task.shapes],
         "missing": len(collection.left),
         "environment": environment(),
     }
@@ -229,7 +237,9 @@ def summarise(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
         `means` (`seeds.method_means`), `validation` (mean accuracy and AUROC over seeds), `gains`
         (`seeds.method_gains` with `metric`), `shares` (the gain over the head by share of the
         training chips), `random_split` (how much better a split that mixes places looks), `where`
-        (accuracy by test place and method) and `matched` (on pairs of a like acquisition).
+        (accuracy by test place and method), `matched` (on pairs of a like acquisition), and of
+        other ranks and layers `shapes` (as `means`) and `shape_gains` (AUROC over the row that a
+        shape changes, as `gains`).
     """
     main = evidence.runs()
     draws = _draws(main.values())
@@ -245,6 +255,7 @@ def summarise(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
         "where": _where(evidence),
         "matched": _matched(evidence),
     }
+    tables["shapes"], tables["shape_gains"] = _shapes(evidence, main, by_pair)
     return {name: _rows(table) for name, table in tables.items()}
 
 
@@ -338,6 +349,20 @@ def _matched(evidence: Evidence) -> pd.DataFrame:
     runs |= {(name, 0): _paired(alone)}
     draws = {pair: test_draws(run.predictions) for pair, run in runs.items()}
     return method_means(runs, draws, ("auroc",))
+
+
+def _shapes(
+    evidence: Evidence, main: dict[tuple, Run], draws: dict[tuple, Draws]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Means of every shape, and the AUROC gain over the row that it changes."""
+    shapes = evidence.shapes()
+    found = _draws(shapes.values())
+    draws = draws | {pair: found[run.record["run"]] for pair, run in shapes.items()}
+    gains = [pd.DataFrame()]
+    for name, shape in evidence.record["settings"].get("shapes", {}).items():
+        two = {p: run for p, run in (main | shapes).items() if p[0] in (shape["of"], name)}
+        gains.append(method_gains(two, draws).assign(metric="auroc"))
+    return method_means(shapes, draws, SHOWN), pd.concat(gains)
 
 
 def _paired(run: Run) -> Run:

@@ -35,6 +35,15 @@ class MethodRow(Config):
     changes: dict[str, Any] = Field({}, description="other parameters of its runs")
 
 
+class Shape(Config):
+    """A row with other ranks, layers or blocks, trained with the learning rate of that row."""
+
+    of: str = Field(description="the row of `methods` that it changes")
+    method: str | None = Field(None, description="that of the row by default")
+    changes: dict[str, Any] = Field({}, description="parameters beside those of the row")
+    seeds: PositiveInt = Field(3, description="how many of the task's seeds it gets")
+
+
 class Task(Config):
     """What `evidence/<task>.yaml` says."""
 
@@ -52,6 +61,7 @@ class Task(Config):
     random_split_methods: tuple[str, ...] = Field(
         (), description="rows trained once more on splits that mix places"
     )
+    shapes: dict[str, Shape] = Field({}, description="ranks and layers, a table of their own")
     match_acquisition: bool = Field(
         False, description="also test on pairs whose acquisition is alike"
     )
@@ -62,9 +72,12 @@ class Task(Config):
             raise ValueError(f"there is no row {REFERENCE}, which the others are compared with")
         if len({len(row.learning_rates) for row in self.methods.values()}) > 1:
             raise ValueError("every method gets equally many learning rates")
-        for name in (*self.fraction_methods, *self.random_split_methods):
+        changed = [shape.of for shape in self.shapes.values()]
+        for name in (*self.fraction_methods, *self.random_split_methods, *changed):
             if name not in self.methods:
                 raise ValueError(f"there is no row {name} in methods")
+        if both := self.methods.keys() & self.shapes.keys():
+            raise ValueError(f"{', '.join(sorted(both))} stands in methods and in shapes")
         if self.fractions and REFERENCE not in self.fraction_methods:
             raise ValueError(f"fraction_methods need {REFERENCE}")
         return self
@@ -101,14 +114,23 @@ class Task(Config):
         """Whether the chips are there."""
         return self.data_path == "example" or Path(self.data_path).exists()
 
-    def seeds_of(self, method: str) -> tuple[int, ...]:
-        """The seeds of a row."""
-        return self.seeds[: self.methods[method].seeds]
+    def row(self, name: str) -> MethodRow:
+        """How a row of `methods`, or of `shapes`, is trained."""
+        if name in self.methods:
+            return self.methods[name]
+        shape = self.shapes[name]
+        row = self.methods[shape.of]
+        changes = {"method": shape.method or row.method, "changes": row.changes | shape.changes}
+        return row.model_copy(update=changes | {"seeds": shape.seeds})
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """The seeds of a row or shape."""
+        return self.seeds[: self.row(name).seeds]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: a row of the table, its seed and learning rate, and what it is trained on.
+    """One run: a row or a shape, its seed and learning rate, and what it is trained on.
 
     `rate` is None in a plan, until the row's learning rate is chosen.
     """
@@ -151,6 +173,9 @@ def planned(task: Task) -> dict[str, list[Trial]]:
             for method in task.random_split_methods
             for seed in task.seeds_of(method)
         ],
+        "ranks and layers": [
+            Trial(name, seed) for name in task.shapes for seed in task.seeds_of(name)
+        ],
     }
 
 
@@ -160,7 +185,7 @@ def run_config(task: Task, trial: Trial, folder: Path) -> RunConfig:
     Raises:
         InputError: one is wrong.
     """
-    row = task.methods[trial.method]
+    row = task.row(trial.method)
     rate = trial.rate or row.learning_rates[0]
     values = task.training | row.changes
     values |= {"method": row.method, "seed": trial.seed, "train_fraction": trial.fraction}

@@ -30,14 +30,15 @@ def _summary(evidence: Evidence, table: str, **columns: Any) -> list[dict[str, A
     """The rows of a summary's table that have these values."""
     return [
         row
-        for row in evidence.record["summary"][table]
+        for row in evidence.record["summary"].get(table, [])  # older records have fewer
         if all(row[name] == value for name, value in columns.items())
     ]
 
 
-def gain_over_head(evidence: Evidence, method: str) -> dict[str, Any] | None:
-    """The AUROC gain of a row over the head, of `summary.gains`; None without one."""
-    rows = _summary(evidence, "gains", first=REFERENCE, second=method, metric="auroc")
+def auroc_gain(evidence: Evidence, method: str, over: str = REFERENCE) -> dict[str, Any] | None:
+    """The AUROC gain of a row or shape over another row; None without one."""
+    columns = {"first": over, "second": method, "metric": "auroc"}
+    rows = [r for t in ("gains", "shape_gains") for r in _summary(evidence, t, **columns)]
     return rows[0] if rows else None
 
 
@@ -69,7 +70,7 @@ def tasks_table(found: dict[str, Evidence]) -> str:
                 for metric in ("accuracy", "auroc")
             ]
             valid = _summary(evidence, "validation", method=method, metric="auroc")[0]["value"]
-            gain = gain_over_head(evidence, method)
+            gain = auroc_gain(evidence, method)
             runs = [run for (row, _), run in evidence.runs().items() if row == method]
             measured = runs[0].record
             lines.append(
@@ -134,6 +135,39 @@ def shares_table(found: dict[str, Evidence]) -> str:
     return markdown(header, lines) if lines else NOTHING_YET
 
 
+def ranks_table(found: dict[str, Evidence]) -> str:
+    """DoRA, and LoRA of other ranks, layers and blocks, against the rows that they change."""
+    lines = []
+    for evidence in found.values():
+        runs = evidence.runs() | evidence.shapes()
+        rows = {"dora": {"of": LORA, "method": "dora", "changes": {}}}
+        for name, row in (rows | evidence.record["settings"].get("shapes", {})).items():
+            if not (gain := auroc_gain(evidence, name, row["of"])):
+                continue
+            means = [r for t in ("means", "shapes") for r in _summary(evidence, t, method=name)]
+            auroc = next(mean for mean in means if mean["metric"] == "auroc")
+            first = next(run.record for (method, _), run in runs.items() if method == name)
+            lines.append(
+                (_name(evidence), f"`{name}`, {gain['seeds']} seeds", changes_in_words(row),
+                 with_interval(auroc, 3), f"{signed(gain, 4)} over `{row['of']}`",
+                 verdict(gain, _test_places(evidence)), f"{first['trained_parameters']:,}",
+                 f"{first['seconds']:.3g}")
+            )  # fmt: skip
+    header = ("task, by the backbone", "shape", "what it changes", "test AUROC", "AUROC ahead",
+              "better?", "trained", "seconds")  # fmt: skip
+    return markdown(header, lines) if lines else NOTHING_YET
+
+
+def changes_in_words(row: dict[str, Any]) -> str:
+    """What a row or shape changes in its runs, as its file says it."""
+    method = {"method": row["method"]} if row["method"] else {}
+    parts = [
+        f"`{name}` {'+'.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in (method | row["changes"]).items()
+    ]
+    return ", ".join(parts)
+
+
 def random_split_table(found: dict[str, Evidence]) -> str:
     """AUROC where places lie in several splits, beside places held out."""
     lines = []
@@ -171,7 +205,7 @@ def matched_sentence(evidence: Evidence) -> str:
 def task_sentence(evidence: Evidence) -> str:
     """What a task says of LoRA, and where validation would have chosen otherwise."""
     said = f"{evidence.record['settings']['title']}: "
-    gain = gain_over_head(evidence, LORA)
+    gain = auroc_gain(evidence, LORA)
     if gain:
         word = verdict(gain, _test_places(evidence))
         over = f"95 % over {gain['unit']} and {gain['seeds']} seeds"
@@ -193,7 +227,7 @@ def when_lora_pays(found: dict[str, Evidence]) -> str:
     """One sentence over all tasks: where LoRA is clearly ahead, by what the backbone has seen."""
     words: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
     for name, evidence in found.items():
-        gain = gain_over_head(evidence, LORA)
+        gain = auroc_gain(evidence, LORA)
         if gain and gain["unit"] == "places":
             word = in_a_word(SimpleNamespace(**gain))
             kind = {"Yes": "ahead", "No, it is worse": "behind"}.get(word, "not clearly different")

@@ -23,13 +23,14 @@ are those of the whole training, its frozen part included (`evidence_records.tra
 
 def evidence_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Rows of a task's evidence: all runs, the baselines, and the means over seeds."""
-    record = evidence.record
+    record, summary = evidence.record, evidence.record["summary"]
+    runs = record["runs"] + record.get("shapes", [])  # older records have none
     common = {"study": "evidence", "task": record["task"]}
     rows = baseline_rows(common, record["baselines"])
-    labels = {entry["method"]: entry["backbone"] for entry in record["runs"]}
-    means = mean_rows(common, record["summary"]["means"])
+    labels = {entry["method"]: entry["backbone"] for entry in runs}
+    means = mean_rows(common, summary["means"] + summary.get("shapes", []))
     rows += [row | {"backbone": labels[row["method"]]} for row in means]
-    for entry in record["runs"]:
+    for entry in runs:
         facts = {name: entry.get(name) for name in COLUMNS if name in entry}
         places = "mixed" if entry["random_split"] else "held out"
         rows += run_rows(common | facts | {"places": places}, entry)

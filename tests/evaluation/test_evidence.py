@@ -41,6 +41,7 @@ TASK = {
     "fractions": [0.5],
     "fraction_methods": ["head_only", "lora_last1"],
     "random_split_methods": ["head_only"],
+    "shapes": {"rank1": {"of": "lora_last1", "changes": {"lora_rank": 1}, "seeds": 1}},
 }
 
 
@@ -103,10 +104,10 @@ def test_it_goes_on_where_it_was_stopped(stopped_once):
     lines, found = stopped_once
     before = [line.split()[1] for line in lines if "finished before" in line]
     assert len(before) == 7
-    assert lines[0].startswith("noise: 12 runs planned on 24 training, 12 validation and 24 test")
+    assert lines[0].startswith("noise: 13 runs planned on 24 training, 12 validation and 24 test")
     assert lines[0].endswith("on this machine, less what is finished already")
     done = sum(line.startswith("[") for line in lines)
-    assert lines[-1].startswith(f"[{done}/{done}] head_only_") and done >= 12
+    assert lines[-1].startswith(f"[{done}/{done}] rank1_") and done >= 13
     assert {entry["run"] + ":" for entry in found.record["runs"]} & set(before)
 
 
@@ -141,6 +142,31 @@ def test_the_record_holds_every_planned_run_and_the_chosen_rates(stopped_once):
     measured = [run["run"] for run in record["runs"] if run["memory_bytes"]]
     assert [name.split("_lr")[0] for name in measured] == ["head_only", "lora_last1"]
     assert {run["train_chips"] for run in record["runs"]} == {12, 24}
+
+
+def test_shapes_take_the_rate_of_their_row_and_stay_out_of_its_table(stopped_once):
+    record = stopped_once[1].record
+    (run,) = record["shapes"]
+    (row,) = [r for r in record["runs"] if r["method"] == "lora_last1" and r["train_fraction"] == 1]
+    assert (run["method"], run["rank"], run["k"], row["rank"]) == ("rank1", 1, 1, 4)
+    assert run["learning_rate"] == row["learning_rate"] == record["choices"]["lora_last1"]["rate"]
+    assert run["trained_parameters"] < row["trained_parameters"] and run["memory_bytes"]
+    summary = record["summary"]
+    (gain,) = summary["shape_gains"]
+    assert (gain["first"], gain["second"], gain["metric"]) == ("lora_last1", "rank1", "auroc")
+    aurocs = [entry["test"]["auroc"]["value"] for entry in (run, row)]
+    assert gain["value"] == pytest.approx(aurocs[0] - aurocs[1], abs=5e-6)
+    assert [r["metric"] for r in summary["shapes"]] == ["accuracy", "auroc"]
+    for name in ("means", "gains", "validation", "where"):
+        assert not any("rank1" in one.values() for one in summary[name]), name
+
+
+def test_a_training_takes_its_frozen_part_and_its_epochs():
+    history = pd.DataFrame({"seconds": [2.0, 3.0]})
+    chips = {"chips": {"train": 30, "valid": 10, "test": 5}}
+    records = ({"tokens": None}, {"tokens": {"seconds": 4.0}}, chips | {"features_per_second": 8})
+    runs = [Run(None, None, history, pd.DataFrame(), record) for record in records]
+    assert [evidence_records.training_seconds(run) for run in runs] == [5, 9, 10]
 
 
 def test_the_summary_has_a_row_for_every_question(stopped_once):
@@ -265,6 +291,9 @@ def write(folder, text):
          "methods.head_only.learning_rates"),
         ({"random_split_methods": ["dora"]}, "no row dora"),
         ({"fraction_methods": ["lora_last1"]}, "fraction_methods need head_only"),
+        ({"shapes": {"x": {"of": "dora"}}}, "no row dora"),
+        ({"shapes": {"lora_last1": {"of": "head_only"}}}, "lora_last1 stands in methods and in"),
+        ({"shapes": {"x": {"of": "head_only", "learning_rates": [1]}}}, "x.learning_rates: Extra"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_by_name(tmp_path, changes, words):
@@ -284,6 +313,9 @@ def test_a_wrong_parameter_of_a_row_is_named_before_anything_is_trained(folder):
     }
     with pytest.raises(InputError, match="noise, dora: lora_rang: unknown parameter"):
         evidence.Collection(task_of(folder, methods=methods), folder / "wrong")
+    shapes = {"deep": {"of": "lora_last1", "changes": {"adapted_blocks": 99}}}
+    with pytest.raises(InputError, match="adapted_blocks: 99 is not between 1 and 12"):
+        evidence.Collection(task_of(folder, shapes=shapes), folder / "wrong")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "evidence").glob("*.yaml")), ids=lambda p: p.stem)

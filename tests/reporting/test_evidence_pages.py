@@ -116,6 +116,27 @@ def test_the_parts_of_the_page_hold_tables_figures_and_words():
     )
 
 
+def test_shapes_have_a_table_of_their_own():
+    one = made()
+    shape = {"of": "lora", "method": "rslora", "changes": {"lora_rank": 16}}
+    summary = one.record["summary"]
+    summary["shapes"] = [m | {"method": "wide"} for m in summary["means"] if m["method"] == "lora"]
+    gain = row("wide", -0.02, -0.03, -0.01, worse=5) | {"first": "lora", "seeds": 3}
+    summary["shape_gains"] = [gain]
+    settings = one.record["settings"] | {"shapes": {"wide": shape}}
+    runs = [one.record["runs"][1] | {"run": "wide_seed0", "method": "wide"}]
+    table = pd.DataFrame({"run": ["head_only_seed0", "lora_seed0", "wide_seed0"]})
+    one = Evidence(one.record | {"settings": settings, "shapes": runs}, table)
+    (parts,) = evidence_pages.pages({"farms": one}).values()
+    assert (
+        "| farms, not seen | `wide`, 3 seeds | `method` rslora, `lora_rank` 16 | "
+        "0.930 [0.880, 0.950] | -0.0200 [-0.0300, -0.0100] over `lora` | No, it is worse | "
+    ) in parts["ranks"]
+    assert "wide" not in parts["tasks"] + parts["when"] + parts["sentences"]
+    written = results_table(evidence_rows(one))
+    assert len(written[written.method == "wide"]) == 2 + 8 + 2
+
+
 def test_without_evidence_the_page_says_so():
     (parts,) = evidence_pages.pages({}).values()
     assert set(parts.values()) == {evidence.NOTHING_YET}

@@ -21,6 +21,7 @@ from helpers.evaluation.baselines import (
 )
 from helpers.evaluation.evidence import Collection
 from helpers.evaluation.matching import imbalance, matched_pairs
+from helpers.evaluation.robustness import place_coordinates
 from helpers.evaluation.seeds import Draws, method_gains, method_means, test_draws
 from helpers.evaluation.task import REFERENCE, Trial
 from helpers.metrics import over_seeds
@@ -31,7 +32,6 @@ from helpers.training.runs import Run
 PUBLISHED = ROOT / "reports" / "evidence"
 SHOWN = ("accuracy", "auroc")
 TRIVIAL = ("majority class", "colour statistics", "acquisition statistics")  # know no shapes
-_PLACE = ["longitude", "latitude"]  # degrees, where a manifest has them
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,8 @@ def gather(collection: Collection, folder: Path = PUBLISHED) -> Evidence:
         "missing": len(collection.left),
         "environment": environment(),
     }
-    if set(_PLACE) <= set(test):
-        where = test.groupby("group").agg(
-            chips=("split", "size"), **{n: (n, "median") for n in _PLACE}
-        )
-        record["where"] = where.reset_index().to_dict("records")
+    chips = test.groupby("group").size().rename("chips").reset_index()
+    record["where"] = place_coordinates(data.manifest).merge(chips).to_dict("records")
     if task.match_acquisition:
         statistics = acquisition_statistics(data.dataset("test", config.image_size))
         pairs = matched_pairs(test["target"].to_numpy(), statistics)

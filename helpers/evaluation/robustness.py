@@ -24,6 +24,9 @@ from helpers.training.runs import metric_entries
 
 _SHOWN = ("accuracy", "auroc")
 ACQUISITION_ALONE = "acquisition statistics alone"
+SMALL_PLACE = 20
+"""Test chips below which a place's accuracy is not called the worst: one chip is five points."""
+_DEGREES = {"longitude": 180, "latitude": 90}  # columns of a manifest, and how far they reach
 
 
 def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -54,6 +57,24 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
     columns = ["group", "chips", "positives", "accuracy", "low", "high"]
     table = pd.DataFrame(rows, columns=columns)
     return table.sort_values(["chips", "group"], ascending=[False, True], ignore_index=True)
+
+
+def place_coordinates(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Where the test places lie: `group` and the mean `longitude` and `latitude` of its chips.
+
+    Args:
+        manifest: of `ChipData`; the columns longitude and latitude are degrees.
+
+    Returns:
+        No rows unless every test chip has a group and coordinates.
+    """
+    test = manifest[manifest["split"] == "test"]
+    if (test["group"] == "").any() or not set(_DEGREES) <= set(test):
+        return pd.DataFrame(columns=["group", *_DEGREES])
+    degrees = test[list(_DEGREES)].apply(pd.to_numeric, errors="coerce")
+    on_earth = (degrees.abs() <= pd.Series(_DEGREES)).all(axis=None)
+    places = degrees.groupby(test["group"]).mean().reset_index()
+    return places if on_earth else places[:0]
 
 
 def accuracy_intervals(predictions: pd.DataFrame) -> tuple[pd.Series, pd.Series]:

@@ -14,7 +14,12 @@ from helpers.deployment.scoring import PredictConfig
 from helpers.deployment.variants.source import CONTROL, REFERENCE
 from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
-from helpers.evaluation.robustness import ACQUISITION_ALONE, accuracy_by_group, accuracy_intervals
+from helpers.evaluation.robustness import (
+    ACQUISITION_ALONE,
+    SMALL_PLACE,
+    accuracy_by_group,
+    accuracy_intervals,
+)
 from helpers.evaluation.seeds import Draws, gain_over, method_gains, method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import environment
@@ -26,8 +31,6 @@ MATTERS = 0.001
 10,000 pairs of a positive and a negative chip it turns ten."""
 TELLS = 0.75
 """AUROC above which a cue alone gives much of an answer away: halfway from guessing to right."""
-SMALL_PLACE = 20
-"""Test chips below which a place's accuracy is not called the worst: one chip is five points."""
 
 
 def _over(row) -> str:

@@ -5,6 +5,7 @@ Each function returns a matplotlib figure; `save` writes it and the table behind
 
 import io
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,9 @@ import PIL.Image
 import seaborn as sns
 from IPython.display import Image
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from helpers.records import written_whole
 
@@ -75,6 +78,40 @@ def bars(rows: pd.DataFrame, column: str = "value", prefix: str = "") -> np.ndar
     """How far an interval reaches below and above its value, (2, rows), as `errorbar` wants it."""
     ends = rows[[f"{prefix}low", f"{prefix}high"]].to_numpy().T
     return np.abs(ends - rows[column].to_numpy())
+
+
+_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+
+
+def label_points(axis: Axes, x, y, texts: Iterable[str], radii) -> None:
+    """Name points, each on the first of its sides where no point and no other name is.
+
+    Args:
+        axis: laid out, with its final limits: sides are compared in pixels.
+        x: of the points, in the axis' units.
+        y: of the points, in the axis' units.
+        texts: one a point, empty for those without a name; the first get the best sides.
+        radii: of the points' markers, in points (1/72 inch), one or one each.
+    """
+    places, radii = np.column_stack([x, y]), np.broadcast_to(radii, len(x))
+    pixels = axis.transData.transform(places)
+    around = radii[:, None] * axis.figure.dpi / 72
+    taken = list(map(Bbox, np.stack([pixels - around, pixels + around], axis=1)))
+    for place, text, radius in zip(places, texts, radii, strict=True):
+        if not text:
+            continue
+        label = axis.annotate(text, place, (0, 0), textcoords="offset points", fontsize=8)
+        for across, up in (*_SIDES, _SIDES[0]):  # the first side where all are taken
+            label.set(
+                position=((radius + 3) * across, (radius + 3) * up),
+                ha=("center", "left", "right")[across],
+                va=("center", "bottom", "top")[up],
+            )
+            box = label.get_window_extent(axis.figure.canvas.get_renderer())
+            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
+            if inside and not any(map(box.overlaps, taken)):
+                break
+        taken.append(box)
 
 
 def training_curves(history: pd.DataFrame, title: str) -> Figure:

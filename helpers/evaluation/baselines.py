@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field, PositiveInt
+from sklearn.feature_selection import f_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -46,6 +47,17 @@ def colour_statistics(dataset: ChipDataset) -> np.ndarray:
     return np.concatenate(rows)
 
 
+ACQUISITION = (
+    "sharpness: log variance of the Laplacian",
+    "sharpness: mean gradient",
+    "haze: mean dark channel",
+    "haze: 10 % quantile of the dark channel",
+    "brightness: mean",
+    "contrast: deviation of the brightness",
+)
+"""What the columns of `acquisition_statistics` are."""
+
+
 def acquisition_statistics(dataset: ChipDataset) -> np.ndarray:
     """How sharp, hazy and bright each chip is, (N, 6), with nothing about what it shows.
 
@@ -74,6 +86,16 @@ def acquisition_statistics(dataset: ChipDataset) -> np.ndarray:
             )
         )
     return torch.cat(rows).numpy()
+
+
+def strongest_statistic(statistics: np.ndarray, targets: np.ndarray) -> tuple[str, np.ndarray]:
+    """The column of `acquisition_statistics` whose means differ most between classes, by name.
+
+    Most: by the F statistic of an analysis of variance.
+    """
+    varying = np.flatnonzero(np.ptp(statistics, axis=0))
+    best = varying[f_classif(statistics[:, varying], targets)[0].argmax()]
+    return ACQUISITION[best], statistics[:, best]
 
 
 def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:

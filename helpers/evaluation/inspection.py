@@ -1,4 +1,6 @@
-"""What a backbone sees, and how far training moved it."""
+"""What a classifier sees: its answers, what they rest on, its features and its weights."""
+
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,68 @@ from torch.nn import functional
 
 from helpers.models.classifier import Classifier
 from helpers.training.features import evaluated_on
+
+_SQUARES = 8  # covered places along a side, at most: a larger grid has squares of several patches
+
+
+def answered(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Predictions with `predicted_label` and its probability, `confidence`."""
+    probabilities = predictions.filter(regex="^p_")
+    names = probabilities.columns.str.removeprefix("p_")
+    return predictions.assign(
+        confidence=probabilities.max(axis=1), predicted_label=names[predictions.predicted]
+    )
+
+
+def sample_answers(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
+    """`answered` of some chips, evenly spaced over the table, right or wrong."""
+    rows = np.linspace(0, len(predictions) - 1, min(count, len(predictions))).round().astype(int)
+    return answered(predictions).iloc[rows]
+
+
+def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
+    """`answered` of the wrong predictions with the highest probability, highest first."""
+    return answered(predictions).query("predicted != target").nlargest(count, "confidence")
+
+
+@torch.inference_mode()
+def occlusion_map(classifier: Classifier, chip: Tensor, device: str = "cpu") -> np.ndarray:
+    """How much the answer rests on each part of a chip (Zeiler and Fergus 2014, arXiv:1311.2901).
+
+    A square of one patch in the colour that normalisation maps to zero covers one place after the
+    other.
+
+    Args:
+        classifier: with its trained head.
+        chip: (bands, S, S).
+        device: where the forward pass runs; the classifier stays where it is.
+
+    Returns:
+        (n, n): by how much the probability of the predicted class falls with that place covered.
+    """
+    embedding = classifier.backbone.patch_embed
+    side = embedding.patch_size[0] * -(-embedding.grid_size[0] // _SQUARES)
+    starts = range(0, chip.shape[-1], side)
+    with evaluated_on(classifier, device):
+        chips = chip.to(device).float().repeat(1 + len(starts) ** 2, 1, 1, 1)
+        for covered, (top, left) in zip(chips[1:], itertools.product(starts, starts), strict=True):
+            covered[:, top : top + side, left : left + side] = classifier.mean
+        seen, *hidden = classifier(chips).softmax(dim=1).cpu().numpy()
+    drops = seen.max() - np.stack(hidden)[:, seen.argmax()]
+    return drops.reshape(len(starts), len(starts))
+
+
+def feature_components(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First two principal components of features.
+
+    Args:
+        features: (N, F).
+
+    Returns:
+        (N, 2), and the shares of the variance that the two carry, (2,).
+    """
+    pca = PCA(2, random_state=0)
+    return pca.fit_transform(features), pca.explained_variance_ratio_
 
 
 @torch.inference_mode()

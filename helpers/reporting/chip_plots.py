@@ -1,9 +1,14 @@
 """Figures that show chips themselves."""
 
+import itertools
+import textwrap
+
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from helpers.data.dataset import ChipDataset
 from helpers.reporting.plots import PAGE
 
 
@@ -20,25 +25,66 @@ def as_rgb(chip: np.ndarray) -> np.ndarray:
     return np.clip((image - low) / max(high - low, 1e-9), 0, 1)
 
 
-def chip_rows(rows: dict[str, list[np.ndarray]], titles: list[str] | None = None) -> Figure:
-    """Rows of images under a name each; images are (bands, H, W) chips or (H, W, 3) colours."""
+def chip_rows(
+    rows: dict[str, list[np.ndarray]], titles: dict[str, list[str]] | None = None
+) -> Figure:
+    """Rows of images under a name each, at least 120 pixels wide where there are six or fewer.
+
+    Args:
+        rows: (bands, H, W) chips or (H, W, 3) colours by name of the row.
+        titles: of the images of a row, by its name.
+    """
     columns = max(len(images) for images in rows.values())
-    lines = 1 + max((title.count("\n") + 1 for title in titles or []), default=0)
-    height = PAGE / columns + 0.17 * lines
+    lines = [max([t.count("\n") + 1 for t in (titles or {}).get(name, [])] or [0]) for name in rows]
+    heights = [PAGE / columns + 0.17 * n for n in lines]
     figure, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(PAGE, height * len(rows)),
+        figsize=(PAGE, sum(heights)),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
-        dpi=70,  # photographs make large files
+        dpi=92,
     )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis in line:
-            axis.set_axis_off()
-        for axis, image in zip(line, images, strict=False):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        named = itertools.zip_longest(images, (titles or {}).get(name, []), fillvalue="")
+        for axis, (image, title) in zip(line, named, strict=False):
             axis.imshow(image if image.shape[-1] == 3 else as_rgb(image))
-        line[0].set_title(name, loc="left", fontsize=10)
-    for axis, title in zip(axes.flat, titles or [], strict=False):
-        axis.set_title(title, fontsize=8)
+            axis.set_title(title, fontsize=9)
+        line[0].set_ylabel(textwrap.fill(name, 20), fontsize=9)
     return figure
+
+
+def answers(
+    test_set: ChipDataset, sample: pd.DataFrame, errors: pd.DataFrame, maps: list[np.ndarray]
+) -> Figure:
+    """A sample of the answers, the most confident errors, and what these rest on.
+
+    Args:
+        test_set: the chips.
+        sample: of `inspection.sample_answers`, its index numbers the chips.
+        errors: of `inspection.confident_errors`, likewise.
+        maps: of `inspection.occlusion_map`, of the errors. A chip is lit where covering it lowers
+            the probability of the answer, fully where it does so most.
+    """
+    rows, titles = {}, {}
+    for name, table in {"a sample": sample, "most confident errors": errors}.items():
+        rows[name] = [test_set[number][0].numpy() for number in table.index]
+        titles[name] = [
+            f"is {row.label}\nsays {row.predicted_label} {row.confidence:.2f}"
+            for row in table.itertuples()
+        ]
+    lit = [_lit(chip, drops) for chip, drops in zip(rows[name], maps, strict=True)]
+    rows["what these answers rest on"] = lit
+    titles["what these answers rest on"] = [f"falls by up to {drops.max():.2f}" for drops in maps]
+    return chip_rows({name: images for name, images in rows.items() if images}, titles)
+
+
+def _lit(chip: np.ndarray, drops: np.ndarray) -> np.ndarray:
+    """A chip (bands, S, S) as (S, S, 3), dark where `drops` (n, n) are zero or less."""
+    side = -(-chip.shape[-1] // len(drops))
+    light = (drops / max(drops.max(), 1e-9)).clip(0, 1).repeat(side, axis=0).repeat(side, axis=1)
+    return as_rgb(chip) * (0.2 + 0.8 * light[: chip.shape[-2], : chip.shape[-1], None])

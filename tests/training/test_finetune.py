@@ -156,22 +156,6 @@ def test_more_than_two_classes_and_four_float_bands(tmp_path):
     assert np.isfinite(run.record["test"]["auroc"]["value"])
 
 
-def test_confident_errors_are_wrong_and_ordered():
-    predictions = pd.DataFrame(
-        {
-            "img_path": list("abcd"),
-            "label": ["x", "x", "y", "y"],
-            "target": [0, 0, 1, 1],
-            "predicted": [0, 1, 0, 0],
-            "p_x": [0.9, 0.4, 0.7, 0.99],
-            "p_y": [0.1, 0.6, 0.3, 0.01],
-        }
-    )
-    errors = runs.confident_errors(predictions, 2)
-    assert errors.img_path.tolist() == ["d", "c"]
-    assert errors.predicted_label.tolist() == ["x", "x"]
-
-
 def test_the_command_line_trains_and_prints_the_test_table(finished, tmp_path, monkeypatch, capsys):
     config, run, _ = finished
     arguments = [

@@ -271,22 +271,21 @@ def over_seeds(runs: Sequence[np.ndarray], seed: int = 0) -> dict[str, float]:
     return {"value": float(table[:, 0].mean()), "low": float(low), "high": float(high)}
 
 
-def reliability(targets: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Confidence and accuracy of the top class in the bins of the calibration error.
+def reliability(targets: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Confidence and accuracy of the top class, in bins of equally many images by confidence.
 
     Returns:
-        One row per bin that holds an image: `confidence` and `accuracy` (means), `images`.
+        One row per bin: `confidence` and `accuracy` (means), `low` and `high` (exact 95 % interval
+        of the accuracy, Clopper and Pearson 1934), `images`.
     """
     confidence = probabilities.max(axis=1)
-    table = pd.DataFrame(
-        {
-            "bin": _bin_of(confidence),
-            "confidence": confidence,
-            "accuracy": probabilities.argmax(axis=1) == targets,
-        }
-    )
-    means = table.groupby("bin")[["confidence", "accuracy"]].mean()
-    return means.assign(images=table.groupby("bin").size()).reset_index(drop=True)
+    right = probabilities.argmax(axis=1) == targets
+    rows = []
+    for images in np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(targets))):
+        interval = binomtest(int(right[images].sum()), len(images)).proportion_ci()
+        means = {"confidence": confidence[images].mean(), "accuracy": right[images].mean()}
+        rows.append(means | {"low": interval.low, "high": interval.high, "images": len(images)})
+    return pd.DataFrame(rows)
 
 
 def with_interval(entry: Mapping[str, float] | pd.Series, digits: int = 3) -> str:

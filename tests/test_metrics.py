@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import beta
 from sklearn import metrics as reference
 
 from helpers.metrics import (
@@ -157,13 +158,17 @@ def test_paired_difference_is_narrower_than_unpaired_and_zero_for_itself():
     assert shifted["high"] - shifted["low"] < 0.2 * (own.high - own.low)
 
 
-def test_reliability_bins_hold_every_image_once_and_give_the_calibration_error():
+def test_reliability_bins_hold_equally_many_images_and_an_exact_interval():
     targets, probabilities = fake_predictions(n=500)
-    table = reliability(targets, probabilities)
-    assert table.images.sum() == 500
-    gaps = (table.accuracy - table.confidence).abs() * table.images / 500
-    error = weighted_metrics(targets, probabilities, np.ones((1, 500)))["calibration_error"][0]
-    assert gaps.sum() == pytest.approx(error)
+    table = reliability(targets, probabilities, bins=8)
+    assert table.images.sum() == 500 and np.ptp(table.images) <= 1
+    assert table.confidence.is_monotonic_increasing
+    mean = np.average(table.accuracy, weights=table.images)
+    assert mean == pytest.approx((probabilities.argmax(axis=1) == targets).mean())
+    first = table.iloc[0]
+    right = round(first.accuracy * first.images)
+    assert first.low == pytest.approx(beta.ppf(0.025, right, first.images - right + 1))
+    assert len(reliability(targets[:3], probabilities[:3])) == 3
 
 
 def test_a_mean_over_seeds_has_one_interval_for_draws_and_seeds():

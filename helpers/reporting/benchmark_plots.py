@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from helpers.deployment.variants.source import REFERENCE
-from helpers.reporting.plots import PAGE, PALETTE, titled
+from helpers.reporting.plots import PAGE, PALETTE, label_points, line_style, titled
 
 _FAMILIES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pruned": "PyTorch, pruned",
              "structured": "PyTorch, pruned", "sparse": "PyTorch, pruned"}  # fmt: skip
@@ -17,6 +17,7 @@ _COLOURS = dict(
     zip(("PyTorch", "PyTorch, pruned", "ONNX Runtime", "OpenVINO"), PALETTE, strict=False)
 )
 _MARKERS = {"PyTorch": "o", "PyTorch, pruned": "v", "ONNX Runtime": "s", "OpenVINO": "D"}
+_HATCHES = {"PyTorch": "", "PyTorch, pruned": "///", "ONNX Runtime": "...", "OpenVINO": "xxx"}
 _FAR = 8
 
 
@@ -96,6 +97,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
         ("p50_ms", "median latency of one chip (ms)"),
         ("peak_mib", "peak memory of the process (MiB)"),
     )
+    names = {}
     for axis, (cost, label) in zip(axes, panels, strict=True):
         floor = 100 * reference.accuracy - gate_points
         axis.axhline(floor, color="0.4", linestyle=":", label="points lost as the gate")
@@ -109,7 +111,9 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
         front = _front(rows, cost)
         axis.plot(front[cost], 100 * front.accuracy, color="0.6", zorder=0)
         named = pd.concat([front, rows[rows.variant == REFERENCE]]).drop_duplicates("variant")
-        _name_points(axis, named[cost], 100 * named.accuracy, named.variant)
+        texts = rows.variant.where(rows.variant.isin(named.variant), "")
+        texts = rows.assign(text=texts).sort_values("text", ascending=False)
+        names[axis] = (texts[cost], 100 * texts.accuracy, texts.text, 5)
         axis.set(xlabel=label, xscale="log")
         _plain_log(axis.xaxis)
         axis.margins(x=0.2, y=0.25)
@@ -119,22 +123,16 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     if below:
         corner = {"transform": axes[1].transAxes, "fontsize": 8, "ha": "right"}
         axes[1].text(0.98, 0.02, f"below this panel: {below}", **corner)
-    return titled(figure, title)
+    titled(figure, title)
+    for axis, points in names.items():
+        label_points(axis, *points)
+    return figure
 
 
 def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
     """Rows that no other beats in accuracy without a higher cost, cheapest first."""
     ordered = rows.sort_values([cost, "accuracy"], ascending=[True, False])
     return ordered[ordered.accuracy > ordered.accuracy.cummax().shift(fill_value=-np.inf)]
-
-
-def _name_points(axis, x, y, names) -> None:
-    """The reference below its point, others above."""
-    for left, height, name in zip(x, y, names, strict=True):
-        offset = (0, -16 if name == REFERENCE else 9)
-        axis.annotate(
-            name, (left, height), xytext=offset, textcoords="offset points", fontsize=8, ha="center"
-        )
 
 
 def _plain_log(axis) -> None:
@@ -158,10 +156,13 @@ def latency_distributions(samples: pd.DataFrame, title: str) -> Figure:
     groups = [1e3 * smallest.seconds[smallest.variant == name] for name in order]
     boxes = axis.boxplot(groups, orientation="horizontal", patch_artist=True, sym=".", widths=0.6)
     for name, box, median in zip(order, boxes["boxes"], boxes["medians"], strict=True):
-        box.set(facecolor=_COLOURS[_family(name)], alpha=0.6)
+        family = _family(name)
+        box.set(facecolor=(*_COLOURS[family], 0.6), hatch=_HATCHES[family], label=family)
         median.set(color="black")
     axis.set_yticks(range(1, len(order) + 1), order)
     axis.set(xscale="log", xlabel="latency of one prediction (ms); box: quartiles, dots: outliers")
+    families = {box.get_label(): box for box in boxes["boxes"]}
+    axis.legend(families.values(), families, fontsize=8)
     _plain_log(axis.xaxis)
     return titled(figure, title)
 
@@ -169,10 +170,8 @@ def latency_distributions(samples: pd.DataFrame, title: str) -> Figure:
 def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str) -> Figure:
     """Latency and answered rate against the offered load; capacity is the Offline rate."""
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.6))
-    for percentile, colour in zip((50, 90), PALETTE, strict=False):
-        axes[0].plot(
-            curve.target_qps, curve[f"p{percentile}_ms"], "o-", color=colour, label=f"p{percentile}"
-        )
+    for number, name in enumerate(("p50", "p90")):
+        axes[0].plot(curve.target_qps, curve[f"{name}_ms"], label=name, **line_style(number))
     axes[0].axhline(bound_ms, color="0.4", linestyle=":", label="bound")
     axes[0].set(yscale="log", ylabel="latency from scheduled arrival (ms)")
     _plain_log(axes[0].yaxis)
@@ -235,12 +234,14 @@ def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Fig
     axes[0].bar(offline.competing.astype(str), offline.answered_per_second, color=PALETTE[0])
     axes[0].set(xlabel="competing processes", ylabel="Offline (images/s)")
     axes[1].bar(server.competing.astype(str), server.p90_ms, color=PALETTE[1])
-    axes[1].set(xlabel="competing processes", ylabel="p90 at half the capacity (ms)")
+    axes[1].set(xlabel="competing processes", ylabel="p90 at half the capacity (ms)", yscale="log")
+    _plain_log(axes[1].yaxis)
     groups = scaling.groupby("variant", sort=False)
-    for (variant, rows), colour in zip(groups, PALETTE[2:], strict=False):
+    for number, (variant, rows) in enumerate(groups, start=2):
+        style = line_style(number) | {"linestyle": "-"}
         ideal = rows.images_per_s.iloc[0] * rows.processes / rows.processes.iloc[0]
-        axes[2].plot(rows.processes, rows.images_per_s, "o-", color=colour, label=variant)
-        axes[2].plot(rows.processes, ideal, ":", color=colour)
+        axes[2].plot(rows.processes, rows.images_per_s, label=variant, **style)
+        axes[2].plot(rows.processes, ideal, ":", color=style["color"])
     axes[2].set(
         xlabel="model processes (dotted: ideal)", ylabel="Offline (images/s)", ylim=(0, None),
         xticks=scaling.processes.unique(),

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from helpers.data.dataset import ChipDataset
 from helpers.reporting.plots import PAGE
 
+_FAINT = 0.05  # drop of a probability below which no place is fully lit
+
 
 def as_rgb(chip: np.ndarray) -> np.ndarray:
     """A chip (bands, H, W) as (H, W, 3) in 0..1: its first three bands, or the first as grey.
@@ -68,7 +70,7 @@ def answers(
         sample: of `inspection.sample_answers`, its index numbers the chips.
         errors: of `inspection.confident_errors`, likewise.
         maps: of `inspection.occlusion_map`, of the errors. A chip is lit where covering it lowers
-            the probability of the answer, fully where it does so most.
+            the probability of the answer, fully where it does so most (by _FAINT or more).
     """
     rows, titles = {}, {}
     for name, table in {"a sample": sample, "most confident errors": errors}.items():
@@ -79,12 +81,14 @@ def answers(
         ]
     lit = [_lit(chip, drops) for chip, drops in zip(rows[name], maps, strict=True)]
     rows["what these answers rest on"] = lit
-    titles["what these answers rest on"] = [f"falls by up to {drops.max():.2f}" for drops in maps]
+    titles["what these answers rest on"] = [
+        f"falls by up to {max(0, drops.max()):.2f}" for drops in maps
+    ]
     return chip_rows({name: images for name, images in rows.items() if images}, titles)
 
 
 def _lit(chip: np.ndarray, drops: np.ndarray) -> np.ndarray:
     """A chip (bands, S, S) as (S, S, 3), dark where `drops` (n, n) are zero or less."""
     side = -(-chip.shape[-1] // len(drops))
-    light = (drops / max(drops.max(), 1e-9)).clip(0, 1).repeat(side, axis=0).repeat(side, axis=1)
+    light = (drops / max(drops.max(), _FAINT)).clip(0, 1).repeat(side, axis=0).repeat(side, axis=1)
     return as_rgb(chip) * (0.2 + 0.8 * light[: chip.shape[-2], : chip.shape[-1], None])

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -10,7 +9,7 @@ from helpers.reporting.plots import METRIC_NAMES, PAGE, bars, method_styles, tit
 
 
 def method_curves(histories: pd.DataFrame, title: str) -> Figure:
-    """Training loss, validation loss and validation AUROC by epoch; one line a method and seed.
+    """Losses and validation AUROC by epoch; a line a method and seed, pale after the first seed.
 
     Args:
         histories: `method`, `seed` and the columns of a history.
@@ -25,11 +24,12 @@ def method_curves(histories: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(PAGE, 3.2))
     for axis, (column, label) in zip(axes, panels.items(), strict=True):
         for (method, seed), history in histories.groupby(["method", "seed"], sort=False):
-            first = seed == histories.seed.iloc[0]
+            style = styles[method] | {"label": method, "linewidth": 1.2}
+            if seed != histories.seed.iloc[0]:
+                style |= {"label": None, "linewidth": 0.6, "alpha": 0.3, "marker": ""}
             axis.plot(
-                history.epoch, history[column], markersize=4, linewidth=1.2,
-                label=method if first else None, markevery=max(1, len(history) // 8),
-                **styles[method],
+                history.epoch, history[column], markersize=4, markevery=max(1, len(history) // 8),
+                **style,
             )  # fmt: skip
         axis.set(xlabel="epoch", ylabel=label, xscale="log")
         axis.xaxis.set_major_formatter("{x:.0f}")
@@ -102,55 +102,65 @@ def headline(table: pd.DataFrame, title: str) -> Figure:
 
 
 def operating_curves(curves: pd.DataFrame, title: str) -> Figure:
-    """ROC and precision-recall curves: `method`, `curve` (roc or pr), `x`, `y`."""
+    """ROC and precision-recall curves, the corner where they bend: `method`, `curve`, `x`, `y`."""
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 3.8))
     styles = method_styles(list(curves.method.unique()))
     for (method, curve), points in curves.groupby(["method", "curve"], sort=False):
         line = styles[method] | {"marker": ""}
         axes[int(curve == "pr")].plot(points.x, points.y, label=method, **line)
-    axes[0].plot([0, 1], [0, 1], color="0.6", linestyle=":", label="chance")
     axes[0].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     axes[1].set(xlabel="recall", ylabel="precision", title="precision and recall")
     for axis in axes:
-        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axis.legend(fontsize=8)
+    reach = _reach(curves)
+    axes[0].set(xlim=(-0.02 * reach, reach), ylim=(1 - reach, 1 + 0.02 * reach))
+    axes[1].set(xlim=(1 - reach, 1 + 0.02 * reach), ylim=(1 - reach, 1 + 0.02 * reach))
     return titled(figure, title)
 
 
+def _reach(curves: pd.DataFrame) -> float:
+    """Three times the distance of the worst curve's best point from the ideal corner."""
+    across = np.where(curves.curve == "roc", curves.x, 1 - curves.x)
+    apart = curves.assign(apart=np.maximum(across, 1 - curves.y))
+    return float(np.clip(3 * apart.groupby(["method", "curve"]).apart.min().max(), 0.05, 1))
+
+
 def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
-    """Accuracy against confidence per bin; area of a point: images in the bin.
+    """Accuracy against confidence, a bin a point, with exact intervals.
 
     Args:
-        table: `method`, `confidence`, `accuracy`, `images`.
+        table: `method` and the columns of `metrics.reliability`.
         title: names backbone, weights and data.
     """
-    figure, axis = plt.subplots(figsize=(PAGE * 0.5, 3.8))
-    low = min(0.45, table.confidence.min() - 0.05)
+    figure, axis = plt.subplots(figsize=(PAGE * 0.6, 4.2))
+    low = min(table.confidence.min(), table.accuracy.min()) - 0.02
     axis.plot([low, 1], [low, 1], color="0.6", linestyle=":", label="perfectly calibrated")
     styles = method_styles(list(table.method.unique()))
     for method, bins in table.groupby("method", sort=False):
-        size = 250 * bins.images / bins.images.sum()
-        axis.scatter(
-            bins.confidence, bins.accuracy, s=size + 8, color=styles[method]["color"],
-            marker=styles[method]["marker"], alpha=0.7, label=method,
+        axis.errorbar(
+            bins.confidence, bins.accuracy, bars(bins, "accuracy"), capsize=2, markersize=4,
+            linewidth=1, label=method, **styles[method],
         )  # fmt: skip
-    axis.set(xlabel="mean confidence of the bin", ylabel="accuracy in the bin", title=title)
+    axis.set(
+        xlabel="mean confidence of the bin (equally many chips in each)",
+        ylabel="accuracy in the bin, exact 95 % interval",
+        title=title,
+    )
     axis.legend(fontsize=8)
     figure.tight_layout()
     return figure
 
 
-def change_map(changes: dict[str, pd.DataFrame], title: str) -> Figure:
+def change_by_block(changes: dict[str, pd.DataFrame], title: str) -> Figure:
     """Relative change of every linear layer by block (`weight_changes`), a panel a method."""
-    figure, axes = plt.subplots(1, len(changes), figsize=(PAGE, 4), squeeze=False, sharey=True)
-    top = max(table.relative_change.max() for table in changes.values())
+    figure, axes = plt.subplots(1, len(changes), figsize=(PAGE, 3.4), squeeze=False, sharey=True)
+    layers = dict.fromkeys(layer for table in changes.values() for layer in table.layer)
+    styles = method_styles(list(layers))
     for axis, (method, table) in zip(axes.flat, changes.items(), strict=True):
-        grid = table.pivot(index="block", columns="layer", values="relative_change")
-        sns.heatmap(
-            grid, annot=True, fmt=".3f", cmap="cividis", vmin=0, vmax=top, ax=axis, cbar=False,
-            annot_kws={"fontsize": 7},
-        )  # fmt: skip
-        axis.set(title=method, xlabel="layer", ylabel="block")
-        axis.tick_params(axis="y", rotation=0)
+        for layer, rows in table.groupby("layer", sort=False):
+            axis.plot(rows.block, rows.relative_change, markersize=4, label=layer, **styles[layer])
+        axis.set(title=method, xlabel="block", ylabel="change / norm of the weight", ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
         axis.label_outer()
     return titled(figure, title)

@@ -9,10 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from helpers.reporting.plots import PAGE, PALETTE, method_styles, titled
-
-_MARKERS = "osDv^P"
-_LINES = ("-", "--", "-.", ":")
+from helpers.reporting.plots import PAGE, line_style, method_styles, titled
 
 
 def gain_by_chips(rows: pd.DataFrame, title: str) -> Figure:
@@ -26,11 +23,11 @@ def gain_by_chips(rows: pd.DataFrame, title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(PAGE, 4.2))
     for number, ((task, method), line) in enumerate(rows.groupby(["task", "second"], sort=False)):
         line = line.sort_values("train_chips")
-        seen, colour = bool(line.seen.iloc[0]), PALETTE[number % len(PALETTE)]
-        axis.fill_between(line.train_chips, line.low, line.high, color=colour, alpha=0.13)
+        seen, style = bool(line.seen.iloc[0]), line_style(number)
+        axis.fill_between(line.train_chips, line.low, line.high, color=style["color"], alpha=0.13)
         axis.plot(
-            line.train_chips, line.value, color=colour, linestyle=_LINES[number % 4],
-            marker=_MARKERS[number % 6], markerfacecolor=colour if seen else "white",
+            line.train_chips, line.value, **style,
+            markerfacecolor=style["color"] if seen else "white",
             label=f"{task}, {method} ({'seen' if seen else 'not seen'})",
         )  # fmt: skip
     axis.axhline(0, color="0.3", linewidth=1)

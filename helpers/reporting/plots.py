@@ -17,6 +17,7 @@ from IPython.display import Image
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 from helpers.records import written_whole
@@ -101,6 +102,7 @@ def label_points(axis: Axes, x, y, texts: Iterable[str], radii) -> None:
         if not text:
             continue
         label = axis.annotate(text, place, (0, 0), textcoords="offset points", fontsize=8)
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])
         for across, up in (*_SIDES, _SIDES[0]):  # the first side where all are taken
             label.set(
                 position=((radius + 3) * across, (radius + 3) * up),
@@ -123,8 +125,11 @@ def training_curves(history: pd.DataFrame, title: str) -> Figure:
              "valid AUROC": "valid_auroc"}  # fmt: skip
     panels = {"loss (mean cross entropy per image)": loss, "share": share}
     for axis, (label, columns) in zip(axes, panels.items(), strict=True):
-        for name, column in columns.items():
-            axis.plot(history.epoch, history[column], label=name)
+        for number, (name, column) in enumerate(columns.items()):
+            axis.plot(
+                history.epoch, history[column], label=name, markersize=4,
+                markevery=max(1, len(history) // 8), **line_style(number),
+            )  # fmt: skip
         axis.axvline(best, color="0.4", linestyle=":", label=f"kept: epoch {best}")
         axis.set(xlabel="epoch", ylabel=label)
         axis.legend(fontsize=8)
@@ -138,7 +143,7 @@ def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
     figure, axes = plt.subplots(
         1,
         len(decays),
-        figsize=(PAGE, 1.2 + 0.5 * candidates.head_input.nunique()),
+        figsize=(PAGE * 1.1, 1.2 + 0.5 * candidates.head_input.nunique()),
         squeeze=False,
         sharey=True,
     )
@@ -147,11 +152,15 @@ def sweep_map(candidates: pd.DataFrame, title: str) -> Figure:
         table = candidates[candidates.weight_decay == decay].pivot(
             index="head_input", columns="learning_rate", values="valid_loss"
         )
-        sns.heatmap(table, annot=True, fmt=".3f", cmap="cividis_r", cbar=False, ax=axis, **limits)
+        sns.heatmap(
+            table, annot=True, fmt=".2f", cmap="cividis_r", cbar=False, ax=axis, **limits,
+            annot_kws={"fontsize": 8},
+        )  # fmt: skip
         axis.set(
             title=f"weight decay {decay:g}", xlabel="learning rate (AdamW)", ylabel="head input"
         )
-        axis.tick_params(axis="y", rotation=0)
+        axis.tick_params(axis="y", rotation=0, labelsize=8)
+        axis.tick_params(axis="x", rotation=45, labelsize=8)
         axis.label_outer()
     return titled(figure, title)
 
@@ -166,9 +175,9 @@ def intervals(table: pd.DataFrame, title: str) -> Figure:
     for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
         rows = table[table.metric == metric].set_index("model").loc[names]
         for height, row in enumerate(rows.itertuples()):
-            colour = PALETTE[(len(names) - 1 - height) % len(PALETTE)]
-            axis.plot([row.low, row.high], [height, height], color=colour, linewidth=2)
-            axis.plot(row.value, height, "o", color=colour)
+            style = line_style(len(names) - 1 - height) | {"linestyle": "-"}
+            axis.plot([row.low, row.high], [height] * 2, color=style["color"], linewidth=2)
+            axis.plot(row.value, height, **style)
         axis.set(title=METRIC_NAMES[metric], yticks=range(len(names)), yticklabels=names)
         axis.margins(y=0.15)
     return titled(figure, title)
@@ -181,8 +190,8 @@ def shortcut_check(table: pd.DataFrame, title: str) -> Figure:
     for number, (head, rows) in enumerate(table.groupby("head", sort=False)):
         heights = np.array([names.index(name) for name in rows.chips]) + 0.1 - 0.2 * number
         axis.errorbar(
-            rows.auroc, heights, xerr=bars(rows, "auroc", "auroc_"), fmt="o",
-            color=PALETTE[number], capsize=2, label=head,
+            rows.auroc, heights, xerr=bars(rows, "auroc", "auroc_"), capsize=2, label=head,
+            **line_style(number) | {"linestyle": ""},
         )  # fmt: skip
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="test AUROC, 95 % interval")
     axis.legend(title="head", fontsize=8, loc="upper left")
@@ -230,11 +239,19 @@ def features_by_acquisition(
 
 
 def confusion(matrix: list[list[int]], classes: list[str], title: str) -> Figure:
-    """Counts of test chips by true and predicted class."""
-    figure, axis = plt.subplots(figsize=(3.2 + 0.4 * len(classes), 2.2 + 0.3 * len(classes)))
-    names = {"xticklabels": classes, "yticklabels": classes}
-    sns.heatmap(np.array(matrix), annot=True, fmt="d", cmap="cividis", cbar=False, ax=axis, **names)
-    axis.set(xlabel="predicted", ylabel="true", title=title)
+    """Test chips by true and predicted class: counts, and the share of the true class."""
+    counts = np.array(matrix)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    texts = [
+        [f"{count}\n{share:.0%}" for count, share in zip(*row, strict=True)]
+        for row in zip(counts, shares, strict=True)
+    ]
+    figure, axis = plt.subplots(figsize=(2.9 + 0.6 * len(classes), 2.0 + 0.45 * len(classes)))
+    sns.heatmap(
+        shares, annot=np.array(texts), fmt="", cmap="cividis", vmin=0, vmax=1, cbar=False, ax=axis,
+        xticklabels=classes, yticklabels=classes, annot_kws={"fontsize": 9},
+    )  # fmt: skip
+    axis.set(xlabel="predicted", ylabel="true (rows add up to 100%)", title=title)
     figure.tight_layout()
     return figure
 
@@ -249,10 +266,14 @@ def method_styles(methods: list[str]) -> dict[str, dict]:
     left = (number for number in itertools.count() if number not in taken)
     styles = {}
     for method in methods:
-        number = order.index(method) if method in order else next(left)
-        styles[method] = {
-            "color": PALETTE[number % len(PALETTE)],
-            "marker": "osDv^P"[number % 6],
-            "linestyle": ("-", "--", "-.", ":")[number % 4],
-        }
+        styles[method] = line_style(order.index(method) if method in order else next(left))
     return styles
+
+
+def line_style(number: int) -> dict:
+    """Colour, marker and line that tell the lines of a figure apart, in grey prints too."""
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "marker": "osDv^PX<>"[number % 9],
+        "linestyle": ("-", "--", "-.", ":")[number % 4],
+    }

@@ -1,8 +1,11 @@
-"""Figures whose axes once could not be read."""
+"""Figures whose axes or names once could not be read."""
 
+import numpy as np
 import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
 
-from helpers.reporting import comparison_plots
+from helpers.reporting import benchmark_plots, comparison_plots, plots
 
 
 def test_an_axis_between_two_powers_of_ten_says_its_values():
@@ -11,3 +14,46 @@ def test_an_axis_between_two_powers_of_ten_says_its_values():
     figure.canvas.draw()
     labels = figure.axes[0].get_xticklabels(which="both")
     assert [label.get_text() for label in labels] == ["19,202", "37,634"]
+
+
+def test_methods_differ_in_grey():
+    styles = plots.method_styles(["head_only", "lora", "dora", "full", "lora_last6", "random_lora"])
+    looks = [(style["marker"], style["linestyle"]) for style in styles.values()]
+    assert len(set(looks)) == len({marker for marker, _ in looks}) == 6
+    assert plots.method_styles(["full"])["full"] == styles["full"]  # whatever it stands beside
+
+
+def test_names_of_points_do_not_overlap():
+    figure, axis = plt.subplots()
+    x, y = np.tile([1, 1.01, 1.02], 2), np.repeat([5, 5.02], 3)
+    axis.plot(x, y, "o")
+    figure.draw_without_rendering()
+    plots.label_points(axis, x, y, ["first", "", "third", "fourth", "", "last"], 3)
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == ["first", "third", "fourth", "last"]
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
+def test_a_confusion_matrix_says_shares_of_the_true_class():
+    figure = plots.confusion([[9, 1], [0, 0]], ["a", "b"], "title")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["9\n90%", "1\n10%", "0\n0%", "0\n0%"]
+
+
+def test_operating_curves_show_the_corner_where_they_bend():
+    corner = pd.DataFrame({"method": "lora", "x": [0, 0.02, 1], "y": [0, 0.98, 1]})
+    pr = corner.assign(curve="pr", x=[0, 0.96, 1], y=[1, 0.98, 0.5])
+    figure = comparison_plots.operating_curves(pd.concat([corner.assign(curve="roc"), pr]), "title")
+    assert figure.axes[0].get_xlim()[1] == pytest.approx(0.12)
+    assert figure.axes[1].get_xlim()[0] == pytest.approx(0.88)
+
+
+def test_runtimes_differ_in_grey_and_are_named():
+    samples = pd.DataFrame(
+        {"variant": ["bf16", "onnx_fp32", "pruned_50"] * 5, "batch_size": 1,
+         "seconds": np.linspace(0.01, 0.02, 15)}
+    )  # fmt: skip
+    axis = benchmark_plots.latency_distributions(samples, "title").axes[0]
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert set(names) == {"PyTorch", "ONNX Runtime", "PyTorch, pruned"}
+    assert len({box.get_hatch() for box in axis.patches}) == 3

@@ -74,6 +74,7 @@ class AdapterSettings:
         targets: names of linear layers in the blocks, such as qkv, proj, fc1, fc2.
         method: a name in `PEFT_METHODS`.
         blocks: how many of the backbone's last blocks are adapted; None for all.
+        stem: whether the patch embedding is trained too, all its weights.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -84,10 +85,11 @@ class AdapterSettings:
     targets: tuple[str, ...] = ("qkv",)
     method: str = "lora"
     blocks: int | None = None
+    stem: bool = False
 
 
 def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
-    """Wrap a classifier, in place, so that only the adapter and the head are trained.
+    """Wrap a classifier, in place, so that only the adapter and the head (and stem) are trained.
 
     PEFT changes the classifier's modules; build a new one for every adapter.
 
@@ -121,7 +123,7 @@ def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
         # In blocks only: the patch embedding's convolution is called proj too.
         layers_to_transform=list(range(first, len(classifier.backbone.blocks))),
         layers_pattern="blocks",
-        modules_to_save=["linear_head"],
+        modules_to_save=["linear_head", *["patch_embed.proj"] * settings.stem],
         bias="none",
         **method.options,
     )
@@ -146,12 +148,17 @@ def first_adapted(blocks: int | None, depth: int) -> int:
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, int]:
-    """Numbers of trainable parameters: `magnitude` (DoRA's), `head`, and `lora`, all others."""
-    counts = {"magnitude": 0, "linear_head": 0, "": 0}
+    """Numbers of trainable parameters: `magnitude` (DoRA's), `head`, and `lora`, all others.
+
+    And `stem`, where it is trained.
+    """
+    counts = {"magnitude": 0, "linear_head": 0, "patch_embed": 0, "": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             counts[next(kind for kind in counts if kind in name)] += parameter.numel()
-    return {"lora": counts[""], "magnitude": counts["magnitude"], "head": counts["linear_head"]}
+    stem = {"stem": counts["patch_embed"]} if counts["patch_embed"] else {}
+    parts = {"lora": counts[""], "magnitude": counts["magnitude"], "head": counts["linear_head"]}
+    return parts | stem
 
 
 def rate_factors(model: PeftModel) -> dict[nn.Parameter, float]:

@@ -100,7 +100,11 @@ def _join_qkv_bias(backbone: Backbone) -> None:
 
 
 def create_backbone(
-    name: str, weights: str = "pretrained", image_size: int | None = None, in_chans: int = 3
+    name: str,
+    weights: str = "pretrained",
+    image_size: int | None = None,
+    in_chans: int = 3,
+    new_stem: bool = False,
 ) -> Backbone:
     """Return a backbone with its weights.
 
@@ -113,6 +117,7 @@ def create_backbone(
         image_size: pixels, a multiple of the patch size.
         in_chans: bands of a chip; a pretrained stem is repeated over other counts than 3 and
             rescaled (timm's `adapt_input_conv`).
+        new_stem: whether the stem begins anew from torch's global seed, whatever the weights.
 
     Raises:
         InputError: unknown name, unreachable hub, or a file that does not fill the architecture.
@@ -128,6 +133,8 @@ def create_backbone(
     if name.startswith("timm:"):
         state = _filtered_by_timm(backbone, state, source)
     load_backbone_weights(backbone, state, source)
+    if new_stem:
+        backbone.patch_embed.proj.reset_parameters()
     licence = weights_licence(name, weights)
     if licence.lower() not in _PERMISSIVE:
         _print_once(f"Weights of {name}: {licence}")

@@ -31,12 +31,13 @@ class ClassifierConfig:
         mean: per band, in units of the chips (8-bit chips: 0 to 255); the backbone's by default.
         std: likewise.
         seed: of random weights, with which alone they can be made again.
+        new_stem: whether the stem was newly initialised before training, from the seed.
         chip_size: median side of the training chips in pixels, before they were resized.
         chip_bands: how many bands their files have.
         chip_dtype: in which type of numbers they are stored; None for several types.
         resolution: metres on the ground of one of their pixels, where they had coordinates.
 
-    The last four are what a new chip or scene is compared with; None where a file is older.
+    The four of the chips are what a new chip or scene is compared with; None where a file is older.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -50,6 +51,7 @@ class ClassifierConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     seed: int = 0
+    new_stem: bool = False
     chip_size: int | None = None
     chip_bands: int | None = None
     chip_dtype: str | None = None
@@ -217,6 +219,6 @@ def create_classifier(config: ClassifierConfig) -> Classifier:
     """
     torch.manual_seed(config.seed)
     backbone = create_backbone(
-        config.backbone, config.weights, config.image_size, len(config.bands)
+        config.backbone, config.weights, config.image_size, len(config.bands), config.new_stem
     )
     return Classifier(config, backbone)

@@ -155,6 +155,11 @@ class RunConfig(TrainingConfig):
     patch_drop_rate: float | None = Field(
         None, gt=0, lt=1, description="of all but head_only: share of patches to train without"
     )
+    stem: Literal["trained", "new"] | None = Field(
+        None,
+        description="of all but head_only, for other bands than RGB: trained beside the adapter, "
+        "from the pretrained patch embedding or a new one; None: frozen (full trains it anyway)",
+    )
     seed: int = Field(0, ge=0, description="of initial weights and the order of images")
     run_name: str | None = Field(None, description="name of the run's files; made up by default")
 
@@ -233,6 +238,10 @@ class RunConfig(TrainingConfig):
             raise InputError(
                 f"tracker: {self.tracker} is not installed; pip install {self.tracker}, or use none"
             )
+        if self.stem and self.method == "head_only":
+            raise InputError(
+                "stem: head_only trains no stem; use lora, dora or full, or leave it out"
+            )
         self._check_adapted_blocks()
         precision = self.mixed_precision.replace("no", "fp32")
         if self.method == "head_only":
@@ -249,6 +258,11 @@ class RunConfig(TrainingConfig):
         if self.patch_drop_rate:
             raise InputError(
                 "patch_drop_rate: tokens of frozen blocks are kept of all patches; leave it or "
+                "adapted_blocks out"
+            )
+        if self.stem:
+            raise InputError(
+                "stem: tokens of frozen blocks are kept as a frozen stem made them; leave it or "
                 "adapted_blocks out"
             )
         with torch.device("meta"):

@@ -222,6 +222,7 @@ def adapter_settings(config: RunConfig) -> AdapterSettings:
         targets=config.lora_targets,
         method=config.method,
         blocks=config.adapted_blocks,
+        stem=config.stem is not None,
     )
 
 

@@ -290,21 +290,18 @@ def differences(
 
 def starting_digest(config: RunConfig, data: ChipData) -> str:
     """Digest of the backbone that a run starts from, as the files of the weights are now."""
-    file = Path(config.weights)
+    file, new_stem = Path(config.weights), config.stem == "new"
     return _backbone_digest(
-        config.backbone,
-        config.weights,
-        config.image_size,
-        len(data.bands),
-        config.seed if config.weights == "random" else 0,
+        config.seed if config.weights == "random" or new_stem else 0,
         file.stat().st_mtime_ns if file.is_file() else 0,
+        *(config.backbone, config.weights, config.image_size, len(data.bands), new_stem),
     )
 
 
 @lru_cache(4)  # a comparison asks for every run, and a large backbone takes seconds
-def _backbone_digest(backbone: str, weights: str, image_size: int, bands: int, seed: int, _) -> str:
+def _backbone_digest(seed: int, _, *backbone) -> str:
     torch.manual_seed(seed)
-    return weights_digest(create_backbone(backbone, weights, image_size, bands))
+    return weights_digest(create_backbone(*backbone))
 
 
 def read_run(config: RunConfig) -> Run | None:

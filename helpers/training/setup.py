@@ -39,6 +39,7 @@ def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
             mean=mean,
             std=std,
             seed=config.seed,
+            new_stem=config.stem == "new",
             **data.chip_facts,
         )
     )

@@ -1,7 +1,7 @@
 """Train what the evidence on each task needs, and keep its record: `make evidence`.
 
-Every task is one file of `evidence/`; its chips are unpacked by hand to where the file says. Runs
-that are finished are read, so that it may be stopped at any moment and started again.
+Every task is one file of `evidence/`; its chips are put by hand where the file says. Runs that are
+finished are read, so that it may be stopped at any moment and started again.
 """
 
 import argparse
@@ -25,9 +25,9 @@ def main() -> None:
     arguments = parser.parse_args()
     names = arguments.tasks or sorted(path.stem for path in arguments.folder.glob("*.yaml"))
     tasks = [Task.read(arguments.folder / f"{name}.yaml") for name in names]
-    missing = [task for task in tasks if not task.has_data]
+    missing = [task for task in tasks if task.missing]
     for task in missing:
-        said = f"{task.name}: its chips are not in {task.data_path}; unpack them there"
+        said = f"{task.name}: there is no {task.missing}; the task's file says where it comes from"
         if arguments.tasks:
             raise InputError(said)
         print(f"{said}; left out", flush=True)

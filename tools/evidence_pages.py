@@ -18,7 +18,8 @@ LINKS = {"hurricane_harvey": "hurricane_harvey/README.md", "example": "../docs/r
 
 def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
     """Page -> name of a part -> what stands between its marks."""
-    sentences = [f"- {evidence.task_sentence(one)}" for one in found.values()]
+    methods = of_methods(found)
+    sentences = [f"- {evidence.task_sentence(one)}" for one in methods.values()]
     matched = [
         f"**{name}**: {evidence.matched_sentence(one)}"
         for name, one in found.items()
@@ -26,7 +27,7 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
     ]
     parts = {
         "when": evidence.when_lora_pays(found),
-        "tasks": with_figure("methods", found, evidence.tasks_table(found)),
+        "tasks": with_figure("methods", found, evidence.tasks_table(methods)),
         "sentences": "\n".join(sentences) or evidence.NOTHING_YET,
         "ranks": evidence.ranks_table(found),
         "shares": with_figure("gain_by_chips", found, evidence.shares_table(found)),
@@ -34,10 +35,16 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
         "where": "\n\n".join(picture(f"places_{name}") for name in places_of(found))
         or evidence.NOTHING_YET,
         "matched": "\n\n".join(matched) or evidence.NOTHING_YET,
+        "bands": evidence.bands_table({n: e for n, e in found.items() if n not in methods}),
         "rates": evidence.rates_table(found),
         "sources": evidence.sources(found) or evidence.NOTHING_YET,
     }
     return {"docs/evidence.md": parts}
+
+
+def of_methods(found: dict[str, Evidence]) -> dict[str, Evidence]:
+    """The tasks whose rows are methods on the same bands."""
+    return {name: one for name, one in found.items() if not evidence.compares_bands(one)}
 
 
 CAPTIONS = {
@@ -59,7 +66,8 @@ def with_figure(name: str, found: dict[str, Evidence], table: str) -> str:
 
 def figures(found: dict[str, Evidence]) -> dict[str, pd.DataFrame]:
     """Name of a figure over all tasks -> what it draws, where there is something."""
-    tables = {"methods": evidence.means_of(found), "gain_by_chips": evidence.shares_of(found)}
+    means = evidence.means_of(of_methods(found))
+    tables = {"methods": means, "gain_by_chips": evidence.shares_of(found)}
     return {name: table for name, table in tables.items() if len(table)}
 
 

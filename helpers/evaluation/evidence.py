@@ -17,6 +17,7 @@ import torch
 
 from helpers import InputError
 from helpers.data.dataset import ChipData, DataConfig
+from helpers.data.manifest import check_pixels
 from helpers.evaluation.task import Task, Trial, grid, planned, run_config
 from helpers.training.config import RunConfig
 from helpers.training.jobs import finished
@@ -86,6 +87,8 @@ class Collection:
         shapes = [Trial(name, task.seeds[0]) for name in task.shapes]
         configs = [self.config(trial).resolved() for trial in (*grid(task), *shapes)]
         self.data = DataConfig.data(configs[0])
+        for config in configs:
+            self._data(config)  # the bands of every row are there
         self.runs: dict[Trial, Run] = {}
         self.trials: list[dict[str, Any]] = []
         self.choices: dict[str, Choice] = {}
@@ -95,6 +98,10 @@ class Collection:
     def config(self, trial: Trial) -> RunConfig:
         """Parameters of a run."""
         return run_config(self.task, trial, self.folder)
+
+    def _data(self, config: RunConfig) -> ChipData:
+        """The chips with the bands of a row."""
+        return replace(self.data, bands=check_pixels(self.data.manifest, config.bands))
 
     def is_measured(self, trial: Trial) -> bool:
         """Whether a run trains in a process of its own, for its seconds and memory."""
@@ -131,7 +138,9 @@ class Collection:
     def run(self, trial: Trial) -> Run:
         """Train, test and save a run, or read it, and say so."""
         config = self.config(trial)
-        data = random_split(self.data, trial.seed) if trial.random_split else self.data
+        data = self._data(config)
+        if trial.random_split:
+            data = random_split(data, trial.seed)
         start = time.perf_counter()
         alone = self.is_measured(trial)
         run, was_read = finished(config, config.share(data), lambda line: None, alone=alone)

@@ -110,9 +110,13 @@ class Task(Config):
         return str(self.training.get("data_path", "example"))
 
     @property
-    def has_data(self) -> bool:
-        """Whether the chips are there."""
-        return self.data_path == "example" or Path(self.data_path).exists()
+    def missing(self) -> str | None:
+        """The path of the chips, or of weights, that is not there; None where all are."""
+        rows = [*self.methods.values(), *self.shapes.values()]
+        parameters = [self.training, *(row.changes for row in rows)]
+        places = [self.data_path, *(p["weights"] for p in parameters if "weights" in p)]
+        words = ("example", "pretrained", "random")
+        return next((p for p in places if p not in words and not Path(p).exists()), None)
 
     def row(self, name: str) -> MethodRow:
         """How a row of `methods`, or of `shapes`, is trained."""

@@ -158,6 +158,38 @@ def ranks_table(found: dict[str, Evidence]) -> str:
     return markdown(header, lines) if lines else NOTHING_YET
 
 
+def compares_bands(evidence: Evidence) -> bool:
+    """Whether the rows of a task differ in their bands: then they are no table of methods."""
+    rows = evidence.record["settings"].get("methods", {})
+    return any("bands" in row["changes"] for row in rows.values())
+
+
+def bands_table(found: dict[str, Evidence]) -> str:
+    """Rows of other bands and stems, against the first row of the same method."""
+    lines = []
+    for evidence in found.values():
+        settings, first = evidence.record["settings"], {}
+        for name, row in settings["methods"].items():
+            runs = [run.record for (method, _), run in evidence.runs().items() if method == name]
+            if not runs:
+                continue
+            values = {"bands": [0, 1, 2]} | settings["training"] | row["changes"]
+            over = first.setdefault(row["method"], name)
+            gain = auroc_gain(evidence, name, over)
+            auroc = _summary(evidence, "means", method=name, metric="auroc")[0]
+            default = "repeated" if len(values["bands"]) != 3 else "pretrained"
+            lines.append(
+                (_name(evidence), f"`{name}`, {auroc['seeds']} seeds",
+                 ", ".join(map(str, values["bands"])), values.get("stem") or default,
+                 with_interval(auroc, 3), f"{signed(gain, 4)} over `{over}`" if gain else "-",
+                 verdict(gain, _test_places(evidence)) if gain else "-",
+                 f"{runs[0]['trained_parameters']:,}", f"{runs[0]['seconds']:.3g}")
+            )  # fmt: skip
+    header = ("task, by the backbone", "row", "bands", "stem", "test AUROC", "AUROC ahead",
+              "better?", "trained", "seconds")  # fmt: skip
+    return markdown(header, lines) if lines else NOTHING_YET
+
+
 def changes_in_words(row: dict[str, Any]) -> str:
     """What a row or shape changes in its runs, as its file says it."""
     method = {"method": row["method"]} if row["method"] else {}
@@ -244,8 +276,10 @@ def sources(found: dict[str, Evidence]) -> str:
     """Where the chips come from, and what the backbone has seen of them."""
     return "\n".join(
         f"- **{name}**: {settings['title']}. {settings['citation']} Licence: {settings['licence']} "
-        f"Backbone: {settings['seen_note']}"
-        for name, settings in ((n, e.record["settings"]) for n, e in found.items())
+        f"Backbone, {label}: {settings['seen_note']}"
+        for name, settings, label in (
+            (name, one.record["settings"], one.record["backbone"]) for name, one in found.items()
+        )
     )
 
 

@@ -329,8 +329,11 @@ def test_a_committed_task_can_be_planned(path, tmp_path):
         assert config.seed == trial.seed and config.train_fraction == trial.fraction
         rates = config.learning_rates if config.method == "head_only" else [config.learning_rate]
         assert list(rates) == [trial.rate]
-    assert {"head_only", "lora_last6", "lora", "dora", "full", "random_lora"} <= set(task.methods)
-    assert len(task.seeds) == 5 and len(task.seeds_of("full")) == 3
+    if task.name not in ("more_bands", "hurricane_harvey_unseen"):
+        assert set(task.methods) == {
+            "head_only", "lora_last6", "lora", "dora", "full", "random_lora"
+        }  # fmt: skip
+        assert len(task.seeds) == 5 and len(task.seeds_of("full")) == 3
 
 
 def test_the_command_leaves_out_a_task_whose_chips_are_not_there(tmp_path, monkeypatch, capsys):
@@ -338,10 +341,46 @@ def test_the_command_leaves_out_a_task_whose_chips_are_not_there(tmp_path, monke
     path = write(tmp_path, yaml.safe_dump(TASK | {"training": training}))
     monkeypatch.setattr("sys.argv", ["evidence", "--folder", str(tmp_path)])
     command.main()
-    said = f"task: its chips are not in {tmp_path / 'nowhere'}; unpack them there"
+    said = f"task: there is no {tmp_path / 'nowhere'}; the task's file says where it comes from"
     assert capsys.readouterr().out == f"{said}; left out\n"
     monkeypatch.setattr("sys.argv", ["evidence", "task", "--folder", str(path.parent)])
     assert refusal(command.main) == said
+
+
+def test_a_task_without_its_weights_is_left_out_too(folder, tmp_path):
+    weights, task = tmp_path / "unseen.safetensors", task_of(folder)
+    rows = TASK["methods"]
+    rows = rows | {"lora_last1": rows["lora_last1"] | {"changes": {"weights": str(weights)}}}
+    by_row, by_task = task_of(folder, methods=rows), replaced_training(task, weights=str(weights))
+    assert task.missing is None and by_row.missing == by_task.missing == str(weights)
+    weights.touch()
+    assert by_row.missing is by_task.missing is None
+    assert replaced_training(task, weights="random").missing is None
+    record = run_config(by_row, Trial("lora_last1", 0, 0.1), tmp_path)
+    assert record.label == "ViT-Ti/14, weights from unseen.safetensors"
+
+
+def replaced_training(task, **changes):
+    return task.model_copy(update={"training": task.training | changes})
+
+
+def test_rows_may_differ_in_their_bands(folder, in_this_process):
+    head = TASK["methods"]["head_only"]
+    rows = {"head_only": head, "grey": head | {"changes": {"bands": [0, 0, 0]}}}
+    few = {"seeds": [0], "fractions": [], "fraction_methods": [], "random_split_methods": []}
+    few |= {"shapes": {}}
+    task = task_of(folder, methods=rows, **few)
+    collection = evidence.Collection(task, folder / "bands", lambda line: None)
+    collection.collect(lambda done: evidence_records.gather(done, folder / "bands"))
+    found = evidence_records.read_evidence("noise", folder / "bands")
+    one, other = found.record["runs"]
+    assert one["data_fingerprint"] == collection.data.fingerprint != other["data_fingerprint"]
+    bands = {t.method: r.record["classifier"]["bands"] for t, r in collection.runs.items()}
+    assert [list(bands[name]) for name in rows] == [[0, 1, 2], [0, 0, 0]]
+    check_numbers(found)
+    rows = {"head_only": head, "grey": head | {"changes": {"bands": [0, 3]}}}
+    with pytest.raises(InputError, match=r"bands: \[3\] out of range"):
+        evidence.Collection(task_of(folder, methods=rows, **few), folder / "wrong")
 
 
 def test_durations_are_said_in_the_unit_of_a_person():

@@ -137,6 +137,22 @@ def test_shapes_have_a_table_of_their_own():
     assert len(written[written.method == "wide"]) == 2 + 8 + 2
 
 
+def test_bands_have_a_table_of_their_own():
+    one = made("bands")
+    rows = {"head_only": {"method": "lora", "changes": {}}, "lora": {"method": "lora"}}
+    rows["lora"]["changes"] = {"bands": [0, 0, 0, 1], "stem": "new"}
+    settings = one.record["settings"] | {"methods": rows, "training": {"bands": [0, 0, 0]}}
+    bands = replace(one, record=one.record | {"settings": settings})
+    (parts,) = evidence_pages.pages({"farms": made(), "bands": bands}).values()
+    lines = parts["bands"].splitlines()[2:]
+    assert lines[0].startswith("| bands, not seen | `head_only`, 5 seeds | 0, 0, 0 | pretrained |")
+    assert "| - | - | 770 |" in lines[0]
+    assert lines[1].startswith("| bands, not seen | `lora`, 5 seeds | 0, 0, 0, 1 | new | 0.930")
+    assert "| +0.0300 [+0.0100, +0.0500] over `head_only` | Yes | 770 | 12.5 |" in lines[1]
+    assert "bands" not in parts["tasks"] and "Backbone, tiny: none." in parts["sources"]
+    assert list(evidence_pages.figures({"bands": bands})) == ["gain_by_chips"]
+
+
 def test_without_evidence_the_page_says_so():
     (parts,) = evidence_pages.pages({}).values()
     assert set(parts.values()) == {evidence.NOTHING_YET}

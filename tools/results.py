@@ -12,10 +12,12 @@ import re
 import pandas as pd
 
 from helpers.evaluation import comparison
-from helpers.evaluation.evidence_records import published_evidence
+from helpers.evaluation.evidence_records import Evidence, published_evidence
+from helpers.evaluation.seeds import method_gains, method_means, test_draws
 from helpers.metrics import with_group_interval, with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, comparison_plots, plots
+from helpers.reporting.evidence import headline_row, headline_table
 from helpers.reporting.tables import markdown
 from helpers.training.config import METHOD_DEFAULTS
 from tools import evidence_pages
@@ -69,12 +71,11 @@ def methods_table(data_set: Published) -> str:
     lines = []
     for name, metrics in data_set.baselines.items():
         cells = [with_group_interval(metrics[metric], 4) for metric in ("accuracy", "auroc")]
-        lines.append((name, *cells, *"----"))
+        lines.append((name, *cells, *"-----"))
     for method, rows in data_set.means.groupby("method", sort=False):
         rows = rows.set_index("metric")
         histories = [run.history for (name, _), run in data_set.runs.items() if name == method]
         best = [h.valid_auroc[h.valid_loss.idxmin()] for h in histories]
-        seconds = pd.concat([h.seconds for h in histories])
         cells = [
             f"{with_interval(row, 4)}, seeds {row.least:.4f} to {row.most:.4f}"
             for _, row in rows.loc[["accuracy", "auroc"]].iterrows()
@@ -86,12 +87,33 @@ def methods_table(data_set: Published) -> str:
                 f"{sum(best) / len(best):.4f}",
                 f"{costs.trainable_parameters[method]:,}",
                 f"{costs.bytes_to_keep[method] / 1e3:,.0f}",
-                f"{seconds.median():.3g} ({seconds.min():.3g} to {seconds.max():.3g})",
+                "{seconds_per_epoch:.3g} ({seconds_least:.3g} to {seconds_most:.3g})".format(
+                    **costs.loc[method]
+                ),
+                f"{costs.peak_memory_bytes[method] / 1e6:,.0f}",
             )
         )
     header = ("method", "accuracy", "AUROC", "AUROC on validation", "trained", "kB to keep",
-              "s per epoch")  # fmt: skip
+              "s per epoch", "peak MB")  # fmt: skip
     return markdown(header, lines)
+
+
+def headline_of(data_set: Published, name: str) -> tuple:
+    """The row of a comparison in the table of tasks: LoRA of the last blocks and of all."""
+    by_blocks = {
+        ("lora", seed): run
+        for (shape, seed), run in comparison.block_runs(data_set.all_runs, data_set.config).items()
+        if shape == comparison.ALL_BLOCKS
+    }
+    runs = {("lora_last6" if m == "lora" else m, s): run for (m, s), run in data_set.runs.items()}
+    runs |= by_blocks
+    draws = {pair: test_draws(run.test_predictions) for pair, run in runs.items()}
+    means = method_means(runs, draws, ("auroc",)).set_index("method").to_dict("index")
+    gains = method_gains(runs, draws)
+    gains = gains[gains["first"] == "head_only"].set_index("second").to_dict("index")
+    trivial = max(data_set.baselines.items(), key=lambda item: item[1]["auroc"]["value"])
+    chips = comparison.first_seed(data_set.runs)["head_only"].record["chips"]["test"]
+    return headline_row(name, chips, trivial, means, gains)
 
 
 def method_defaults_table() -> str:
@@ -246,11 +268,12 @@ def questions_table(sets: dict[str, Published]) -> str:
     return markdown(("question", "Hurricane Harvey, satellite", "embedded example, aerial"), lines)
 
 
-def pages(sets: dict[str, Published]) -> dict[str, dict[str, str]]:
+def pages(sets: dict[str, Published], found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
     """Page -> name of a part -> what stands between its marks."""
     harvey, example = sets["hurricane_harvey"], sets["example"]
+    others = {"hurricane_harvey": headline_of(harvey, "hurricane_harvey, seen")}
     return {
-        "README.md": {"methods": methods_table(harvey), "caveats": caveats(harvey)},
+        "README.md": {"tasks": headline_table(found, others), "caveats": caveats(harvey)},
         "docs/results.md": {
             "questions": questions_table(sets),
             "shapes": shapes_table(harvey),
@@ -289,7 +312,7 @@ def main() -> None:
         rebuild(data_set)
     evidence_pages.draw(found)
     evidence_pages.write_results(sets, found)
-    every = pages(sets) | evidence_pages.pages(found)
+    every = pages(sets, found) | evidence_pages.pages(found)
     for name, parts in every.items():
         with written_whole(ROOT / name) as part:
             part.write_text(renew((ROOT / name).read_text(), parts))

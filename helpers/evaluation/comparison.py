@@ -22,6 +22,8 @@ from helpers.training.methods import training_loop
 from helpers.training.processes import processes, said_once
 from helpers.training.runs import Run, class_probabilities, read_run
 
+ALL_BLOCKS = "LoRA in all blocks"  # in `block_runs`
+
 
 class CompareConfig(ReportConfig, TrainingConfig):
     """Parameters of the method comparison; each run is a RunConfig made from them.
@@ -170,7 +172,7 @@ def block_runs(runs: dict[str, Run], config: CompareConfig) -> dict[tuple[str, i
         return {}
     shapes = {
         f"LoRA in the last {config.adapted_blocks} blocks": {},
-        "LoRA in all blocks": {"suffix": "_blocks-all", "adapted_blocks": None},
+        ALL_BLOCKS: {"suffix": "_blocks-all", "adapted_blocks": None},
     }
     return {
         (name, seed): runs[config.run("lora", seed, **shape).name]

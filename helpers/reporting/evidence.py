@@ -12,6 +12,14 @@ from helpers.reporting.answers import in_a_word, signed
 from helpers.reporting.tables import markdown
 
 LORA = "lora"  # the row that the question of LoRA is answered with
+HEADLINE = {
+    "head_only": "head",
+    "lora_last6": "LoRA, last 6 blocks",
+    "lora": "LoRA, all blocks",
+    "dora": "DoRA",
+    "full": "full",
+}
+"""Rows of a task that the README's table shows -> what it calls them."""
 FEW_PLACES = 10
 """Test places below which an interval over places is called uncertain itself: percentile intervals
 of so few clusters are too narrow (Cameron, Gelbach and Miller 2008, doi 10.1162/rest.90.3.414)."""
@@ -54,6 +62,44 @@ def _name(evidence: Evidence) -> str:
 def methods_of(evidence: Evidence) -> list[str]:
     """Rows of the table, in order."""
     return list(dict.fromkeys(row["method"] for row in evidence.record["summary"]["means"]))
+
+
+def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict) -> tuple:
+    """A task's row of the README's table: AUROC, bold where it is clearly ahead of the head.
+
+    Args:
+        name: of the task, and whether the backbone has seen it.
+        chips: of the test split.
+        trivial: name and metrics of the strongest baseline that knows no shapes.
+        means: name in HEADLINE -> row of `seeds.method_means`.
+        gains: the same -> row of `seeds.method_gains` over the head.
+    """
+    cells = []
+    for method in HEADLINE:
+        mark = ""
+        if (gain := gains.get(method)) and gain["unit"] == "places":
+            mark = "**" * (in_a_word(SimpleNamespace(**gain)) == "Yes")
+        shown = f"{mark}{with_interval(means[method])}{mark}" if method in means else "-"
+        cells.append(shown)
+    baseline = f"{trivial[0].split()[0]} {with_group_interval(trivial[1]['auroc'])}"
+    return (name, f"{chips:,}", baseline, *cells)
+
+
+def headline_table(found: dict[str, Evidence], others: dict[str, tuple]) -> str:
+    """AUROC of every task and method.
+
+    Args:
+        found: evidence by task.
+        others: `headline_row` of tasks that have no evidence yet, by name.
+    """
+    rows = dict(others)
+    for name, evidence in found.items():
+        means = {row["method"]: row for row in _summary(evidence, "means", metric="auroc")}
+        gains = {method: auroc_gain(evidence, method) for method in means}
+        chips = evidence.record["chips"]["test"]
+        rows[name] = headline_row(_name(evidence), chips, best_trivial(evidence), means, gains)
+    header = ("task, by the backbone", "test chips", "strongest trivial", *HEADLINE.values())
+    return markdown(header, list(rows.values()))
 
 
 def tasks_table(found: dict[str, Evidence]) -> str:

@@ -116,6 +116,21 @@ def test_the_parts_of_the_page_hold_tables_figures_and_words():
     )
 
 
+def test_the_readmes_table_has_a_row_a_task_and_marks_what_is_clearly_ahead():
+    found = {"farms": made(), "towns": made("towns", True, gain=(0.01, -0.01, 0.03))}
+    for one in found.values():
+        one.record["chips"] = {"test": 80}
+    towns_by_hand = ("towns, seen", "1", *"-" * 6)
+    table = evidence.headline_table(found, {"towns": towns_by_hand, "lakes": ("lakes", *"-" * 7)})
+    assert table.splitlines()[2:] == [
+        "| towns, seen | 80 | majority 0.600 [0.500, 0.700] | 0.900 [0.850, 0.920] | - | "
+        "0.930 [0.880, 0.950] | - | - |",
+        "| lakes | - | - | - | - | - | - | - |",
+        "| farms, not seen | 80 | majority 0.600 [0.500, 0.700] | 0.900 [0.850, 0.920] | - | "
+        "**0.930 [0.880, 0.950]** | - | - |",
+    ]
+
+
 def test_shapes_have_a_table_of_their_own():
     one = made()
     shape = {"of": "lora", "method": "rslora", "changes": {"lora_rank": 16}}

@@ -10,7 +10,7 @@ from helpers.training.runs import class_probabilities
 def check_numbers(found):
     """Metrics of runs from predictions, means and differences from runs."""
     values = {}
-    for entry in found.record["runs"] + found.record.get("shapes", []):
+    for entry in found.record["runs"] + found.record["shapes"]:
         rows = found.predictions[found.predictions.run == entry["run"]]
         for split in ("valid", "test"):
             chips = rows[rows.split == split]
@@ -24,12 +24,12 @@ def check_numbers(found):
                 name: metric["value"] for name, metric in entry["test"].items()
             }
     summary = found.record["summary"]
-    for row in summary["means"] + summary.get("shapes", []):
+    for row in summary["means"] + summary["shapes"]:
         of_method = [v[row["metric"]] for (m, _), v in values.items() if m == row["method"]]
         assert len(of_method) == row["seeds"]
         assert row["value"] == pytest.approx(np.mean(of_method), abs=5e-6)
         assert row["low"] <= row["value"] <= row["high"]
-    for row in summary["gains"] + summary.get("shape_gains", []):
+    for row in summary["gains"] + summary["shape_gains"]:
         seeds = [s for m, s in values if m == row["second"] and (row["first"], s) in values]
         gains = [
             values[row["second"], s][row["metric"]] - values[row["first"], s][row["metric"]]

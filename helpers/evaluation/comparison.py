@@ -319,7 +319,7 @@ def sweep_rows(runs: dict[str, Run], metric: str) -> pd.DataFrame:
 
 def _layers(config: dict) -> str:
     """The adapted layers of a run's parameters in words, such as `qkv+proj in 6 blocks`."""
-    return f"{'+'.join(config['lora_targets'])} in {config.get('adapted_blocks') or 'all'} blocks"
+    return f"{'+'.join(config['lora_targets'])} in {config['adapted_blocks'] or 'all'} blocks"
 
 
 def by_training_chips(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.DataFrame:

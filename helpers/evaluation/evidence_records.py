@@ -62,8 +62,8 @@ class Evidence:
         }
 
     def shapes(self) -> dict[tuple, Run]:
-        """Runs with other ranks and layers, by shape and seed; older records have none."""
-        entries = self.record.get("shapes", [])
+        """Runs with other ranks and layers, by shape and seed."""
+        entries = self.record["shapes"]
         return {(entry["method"], entry["seed"]): self._run(entry) for entry in entries}
 
     def _run(self, entry: dict[str, Any]) -> Run:
@@ -212,7 +212,7 @@ def run_facts(run: Run, measured: bool) -> dict[str, Any]:
     machine, adapts = record["environment"]["machine"], record["method"] in PEFT_METHODS
     return {
         "backbone": record["backbone"],
-        "k": config.get("adapted_blocks"),  # older records have none
+        "k": config["adapted_blocks"],
         "rank": config["lora_rank"] if adapts else None,
         "layers": "+".join(config["lora_targets"]) if adapts else None,
         "train_chips": record["chips"]["train"],
@@ -356,7 +356,7 @@ def _shapes(
     found = _draws(shapes.values())
     draws = draws | {pair: found[run.record["run"]] for pair, run in shapes.items()}
     gains = [pd.DataFrame()]
-    for name, shape in evidence.record["settings"].get("shapes", {}).items():
+    for name, shape in evidence.record["settings"]["shapes"].items():
         two = {p: run for p, run in (main | shapes).items() if p[0] in (shape["of"], name)}
         gains.append(method_gains(two, draws).assign(metric="auroc"))
     return method_means(shapes, draws, SHOWN), pd.concat(gains)

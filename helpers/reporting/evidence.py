@@ -38,7 +38,7 @@ def _summary(evidence: Evidence, table: str, **columns: Any) -> list[dict[str, A
     """The rows of a summary's table that have these values."""
     return [
         row
-        for row in evidence.record["summary"].get(table, [])  # older records have fewer
+        for row in evidence.record["summary"][table]
         if all(row[name] == value for name, value in columns.items())
     ]
 
@@ -187,7 +187,7 @@ def ranks_table(found: dict[str, Evidence]) -> str:
     for evidence in found.values():
         runs = evidence.runs() | evidence.shapes()
         rows = {"dora": {"of": LORA, "method": "dora", "changes": {}}}
-        for name, row in (rows | evidence.record["settings"].get("shapes", {})).items():
+        for name, row in (rows | evidence.record["settings"]["shapes"]).items():
             if not (gain := auroc_gain(evidence, name, row["of"])):
                 continue
             means = [r for t in ("means", "shapes") for r in _summary(evidence, t, method=name)]

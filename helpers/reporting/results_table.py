@@ -24,11 +24,11 @@ are those of the whole training, its frozen part included (`evidence_records.tra
 def evidence_rows(evidence: Evidence) -> list[dict[str, Any]]:
     """Rows of a task's evidence: all runs, the baselines, and the means over seeds."""
     record, summary = evidence.record, evidence.record["summary"]
-    runs = record["runs"] + record.get("shapes", [])  # older records have none
+    runs = record["runs"] + record["shapes"]
     common = {"study": "evidence", "task": record["task"]}
     rows = baseline_rows(common, record["baselines"])
     labels = {entry["method"]: entry["backbone"] for entry in runs}
-    means = mean_rows(common, summary["means"] + summary.get("shapes", []))
+    means = mean_rows(common, summary["means"] + summary["shapes"])
     rows += [row | {"backbone": labels[row["method"]]} for row in means]
     for entry in runs:
         facts = {name: entry.get(name) for name in COLUMNS if name in entry}

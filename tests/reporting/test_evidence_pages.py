@@ -68,8 +68,10 @@ def made(name="farms", seen=False, gain=(0.03, 0.01, 0.05), valid=(0.8, 0.9), un
             for n in range(3)
         ],
         "matched": [m | {"value": 0.7} for m in means if m["metric"] == "auroc"],
+        "shapes": [], "shape_gains": [],
     }  # fmt: skip
     settings = {"title": "farms or none", "seen": seen, "seen_note": "none.", "fractions": [0.25],
+                "shapes": {},
                 "citation": "Somebody (2020).", "licence": "MIT."}  # fmt: skip
     record = {
         "task": name, "settings": settings, "places": {"test": 12}, "backbone": "tiny",
@@ -80,7 +82,7 @@ def made(name="farms", seen=False, gain=(0.03, 0.01, 0.05), valid=(0.8, 0.9), un
         "choices": {"lora": {"rate": 0.001, "extended": 1, "on_edge": False}},
         "trials": [{"method": "lora", "learning_rate": r, "valid_loss": r, "failure": ""}
                    for r in (0.01, 0.001)],
-        "runs": runs, "missing": 0, "summary": summary,
+        "runs": runs, "shapes": [], "missing": 0, "summary": summary,
         "matching": {"pairs": 40, "imbalance_before": 1.2, "imbalance_after": 0.05},
     }  # fmt: skip
     table = pd.DataFrame({"run": [run["run"] for run in runs]})

@@ -139,7 +139,7 @@ def caveats(data_set: Published) -> str:
     two = chips.group.value_counts(normalize=True).head(2).sum()
     trained = data_set.runs["lora", data_set.config.seeds[0]].record["chips"]["train"]
     return (
-        f"Read these numbers with three things in mind. The backbone has seen the {trained:,} "
+        f"Read the numbers on Hurricane Harvey with three things in mind. The backbone has seen the {trained:,} "
         f"training chips before, without labels: they are {trained / BACKBONE_IMAGES:.0%} of what "
         f"it was distilled on. The labels are largely before and after: {twins:.0%} of the damaged "
         "test chips have an undamaged one at the same coordinates, so what tells the acquisitions "

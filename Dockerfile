@@ -8,14 +8,15 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
-COPY requirements.txt requirements-serve.txt ./
+COPY requirements.txt ./
 # What helpers.serve imports, in the versions of requirements.txt. torch comes from PyTorch's index
 # of CPU builds: PyPI's brings 4 GB for GPUs.
 RUN pip install --no-cache-dir --constraint requirements.txt \
         --index-url https://download.pytorch.org/whl/cpu torch torchvision \
-    && pip install --no-cache-dir --constraint requirements.txt --requirement requirements-serve.txt \
-        affine numpy onnxruntime openvino pandas peft pillow psutil pyarrow pydantic rasterio \
-        safetensors scikit-learn scipy shapely timm torchao tqdm
+    && pip install --no-cache-dir --constraint requirements.txt \
+        affine fastapi numpy onnxruntime openvino pandas peft pillow prometheus_client psutil \
+        pyarrow pydantic python-multipart rasterio safetensors scikit-learn scipy shapely timm \
+        torchao tqdm uvicorn
 
 COPY helpers ./helpers
 # An adapter that was trained on the example's backbone is merged into it.

@@ -7,7 +7,6 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat requirements.txt Makefile | cksum | cut -d' ' -f1)
-SERVE_STAMP := .venv/.serve-$(shell cat requirements-serve.txt requirements.txt Makefile | cksum | cut -d' ' -f1)
 # No run may reach a model hub by accident, and reports never carry the machine's name.
 OFFLINE := HF_HUB_OFFLINE=1
 
@@ -30,17 +29,10 @@ $(STAMP): requirements.txt
 	  || { rm -rf .venv; echo "error: the installation is damaged and was removed; run the same command again"; exit 2; }
 	@touch $@
 
-# What serving needs besides; its tests need it too.
-$(SERVE_STAMP): $(STAMP) requirements-serve.txt
-	@rm -f .venv/.serve-*
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-serve.txt
-	@$(BIN)/python -m pip check
-	@touch $@
-
 run: $(STAMP) ## run the notebooks on the embedded example, write reports/index.html
 	@$(OFFLINE) $(BIN)/python -m tools.run_notebooks --output reports
 
-test: $(SERVE_STAMP) ## unit tests, papermill runs and nbval, offline and on the CPU; then those of a GPU
+test: $(STAMP) ## unit tests, papermill runs and nbval, offline and on the CPU; then those of a GPU
 	@$(OFFLINE) CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 	@$(OFFLINE) $(BIN)/python -m pytest -m gpu -rs tests/gpu
 

@@ -1,52 +1,43 @@
 """Serve a trained classifier over HTTP: `python -m helpers.serve --model_path M`."""
 
 import socket
-from contextlib import suppress
-
-from pydantic import Field, PositiveInt
 
 from helpers import InputError
 from helpers.console import run_command
-from helpers.deployment.batching import Batches
-from helpers.deployment.scoring import answer_rule, open_model
-
-try:
-    import uvicorn
-
-    from helpers.deployment.service import ServeConfig, create_app, read_token
-except ModuleNotFoundError as missing:
-    raise SystemExit(
-        f"error: {missing.name} is not installed; pip install -r requirements-serve.txt"
-    ) from None
-
-_GRACE = 30  # seconds in which requests in flight are finished after Ctrl-C
-
-
-class ServerConfig(ServeConfig):
-    """Everything that decides a service."""
-
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for a free one")
-    batch_size: PositiveInt = Field(16, description="most images per prediction")
+from helpers.deployment.engines import require_ray
+from helpers.deployment.servers import (
+    ServerConfig,
+    application,
+    run_here,
+    run_on_ray,
+    run_replicas,
+)
+from helpers.deployment.service import read_token
 
 
 def serve(config: ServerConfig) -> None:
     """Answer requests until Ctrl-C or SIGTERM, then finish what is in flight.
 
     Raises:
-        InputError: as `open_model`, `answer_rule` and `read_token`; or an address or port that
-            cannot be had.
+        InputError: as `application` and `read_token`; or an address or port that cannot be had.
     """
-    token = read_token()
+    read_token()
+    if config.engine == "ray":
+        require_ray()
     listening = _listening(config.host, config.port)
-    scorer = open_model(config.model_path, config.threads, config.device)
-    batches = Batches(scorer.logits_of, config.batch_size)
-    app = create_app(config, scorer, answer_rule(scorer, config), batches.logits_of, token)
+    # Here also for replicas, which load their own: what cannot be served is one error, at once.
+    app = application(config)
     host, port = listening.getsockname()[:2]
-    print(f"serving {scorer.name} at http://{host}:{port}; Ctrl-C ends it", flush=True)
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE)
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again when all is finished
-        uvicorn.Server(settings).run(sockets=[listening])
+    print(f"serving {app.title} at http://{host}:{port}; Ctrl-C ends it", flush=True)
+    if config.engine == "local" and config.replicas == 1:
+        run_here(app, listening)
+    else:
+        del app  # its memory
+        if config.engine == "ray":
+            listening.close()
+            run_on_ray(config, host, port)
+        else:
+            run_replicas(config, listening)
     print("all requests are answered", flush=True)
 
 

@@ -9,8 +9,7 @@ from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import pytest
-
+from helpers.deployment.servers import ServerConfig
 from helpers.records import ROOT
 from tests.test_house import imports, module_name
 
@@ -25,11 +24,10 @@ def instructions(name):
 
 
 def installed():
-    """Names that the image has pip install, those of requirements-serve.txt included."""
+    """Names that the image has pip install."""
     (command,) = [line for line in instructions("RUN") if "pip install" in line]
-    words = [word for word in command.split() if re.fullmatch("[a-z-]+", word)]
-    serve = (ROOT / "requirements-serve.txt").read_text()
-    return {w for w in words if not w.startswith("-")} | set(re.findall(r"^[\w-]+", serve, re.M))
+    words = [word for word in command.split() if re.fullmatch("[a-z_-]+", word)]
+    return {word for word in words if not word.startswith("-")}
 
 
 def third_party(source):
@@ -72,8 +70,7 @@ def test_everything_that_the_service_imports_is_installed():
 
 
 def test_every_version_is_pinned():
-    pins = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-serve.txt").read_text()
-    pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M))
     assert installed() - {"install", "pip", "torch"} <= pinned
     assert re.fullmatch(r"python:3\.11-slim-\w+", instructions("FROM")[0])
 
@@ -98,6 +95,5 @@ def test_it_serves_as_nobody_on_the_port_that_is_watched():
     assert f"http://127.0.0.1:{port}/health" in program
     compile(program, "HEALTHCHECK", "exec")
     assert "SERVE_TOKEN=" not in TEXT
-    config = pytest.importorskip(SERVE_MODULE, exc_type=SystemExit).ServerConfig
-    given = config.from_arguments("", [*entry[3:], "--model_path", "/model/int8.json"])
+    given = ServerConfig.from_arguments("", [*entry[3:], "--model_path", "/model/int8.json"])
     assert (given.host, str(given.port), given.model_path) == ("0.0.0.0", port, "/model/int8.json")

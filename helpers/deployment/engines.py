@@ -28,7 +28,7 @@ from helpers.data.scenes import (
     open_scene,
     read_windows,
 )
-from helpers.deployment.scoring import PredictConfig, Scorer, open_model, prefetched
+from helpers.deployment.scoring import ModelConfig, PredictConfig, Scorer, open_model, prefetched
 from helpers.records import ROOT
 
 WAITING = 2  # blocks that are handed out for each worker: the next one lies ready
@@ -47,11 +47,16 @@ def engine_of(config: PredictConfig) -> Engine:
     """The engine that `config.engine` names; InputError if it is not installed."""
     if config.engine == "local":
         return predict_blocks
+    require_ray()
+    return ray_blocks
+
+
+def require_ray() -> None:
+    """Raise InputError, saying how to install it, if Ray is missing."""
     if find_spec("ray") is None:
         raise InputError(
             "engine: ray is not installed; pip install -r requirements-ray.txt, or take local"
         )
-    return ray_blocks
 
 
 def predict_blocks(
@@ -117,8 +122,8 @@ def ray_blocks(
     import ray
 
     config = config.model_copy(update={"model_path": str(Path(config.model_path).resolve())})
-    with _cluster(ray, config.ray_address):
-        threads, gpus, workers = _workers(ray, config)
+    with cluster(ray, config.ray_address):
+        threads, gpus, workers = workers_of(ray, config)
         changes = {"threads": threads, "device": "cuda" if gpus else "cpu"}
         scene = replace(scene, path=scene.path.resolve())
         job = ray.put(_Job(scene, grid, config.model_copy(update=changes), scorer.digest))
@@ -141,7 +146,7 @@ def ray_blocks(
             raise ConnectionError(f"ray: {error}") from error
 
 
-def _workers(ray, config: PredictConfig) -> tuple[int, int, int]:
+def workers_of(ray, config: ModelConfig) -> tuple[int, int, int]:
     """Threads and GPUs of a worker, and how many workers the cluster has room for."""
     threads = config.threads or 1
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -155,7 +160,7 @@ def _workers(ray, config: PredictConfig) -> tuple[int, int, int]:
 
 
 @contextmanager
-def _cluster(ray, address: str | None) -> Iterator[None]:
+def cluster(ray, address: str | None) -> Iterator[None]:
     """Connect to a Ray cluster, or start one on this machine; leave it afterwards."""
     if ray.is_initialized():  # in a notebook
         yield

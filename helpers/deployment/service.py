@@ -15,10 +15,12 @@ from fastapi.responses import JSONResponse
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
+    CollectorRegistry,
     Counter,
     Histogram,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 from pydantic import Field, PositiveInt
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -30,6 +32,7 @@ from helpers.deployment.scoring import ModelConfig, Scorer
 from helpers.evaluation.calibration import UNSURE, AnswerRule
 
 TOKEN = "SERVE_TOKEN"  # environment variable
+METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # its own: where processes add up what they count
 RETRY_AFTER = "1"  # seconds; a queue of default length is worked off within that
 
 LogitsOf = Callable[[np.ndarray], Awaitable[np.ndarray]]
@@ -89,7 +92,7 @@ def create_app(
                 401, "a valid bearer token is needed", {"WWW-Authenticate": "Bearer"}
             )
 
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(title=scorer.name, openapi_url=None)
     protected = {"dependencies": [Depends(authorised)]}
 
     @app.post("/predict", **protected)
@@ -144,7 +147,10 @@ def create_app(
 
     @app.get("/metrics", **protected)
     def metrics() -> Response:
-        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        registry = REGISTRY
+        if METRICS_FOLDER in os.environ:
+            MultiProcessCollector(registry := CollectorRegistry())
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 

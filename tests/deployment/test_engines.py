@@ -11,7 +11,7 @@ import pytest
 
 from helpers.data import scenes
 from helpers.data.cells import BlockFiles
-from helpers.deployment.engines import _workers
+from helpers.deployment.engines import workers_of
 from helpers.deployment.mapping import map_scene
 from helpers.deployment.scoring import PredictConfig, answer_rule, open_model
 from helpers.records import ROOT
@@ -50,7 +50,7 @@ def kill_a_busy_worker():
     return False
 
 
-def test_two_workers_one_killed_on_the_way_give_the_same_bytes(tmp_path, monkeypatch):
+def test_twoworkers_of_one_killed_on_the_way_give_the_same_bytes(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
     monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2))
     monkeypatch.chdir(ROOT)  # workers import the project from where this process does
@@ -107,16 +107,16 @@ def test_blocks_of_one_engine_serve_the_other(tmp_path, monkeypatch):
         ([{"CPU": 2}], {"device": "cuda"}, "the cluster has no GPU"),
     ],
 )
-def test_how_many_workers_a_cluster_has_room_for(tmp_path, nodes, parameters, expected):
+def test_how_manyworkers_of_a_cluster_has_room_for(tmp_path, nodes, parameters, expected):
     listed = [{"Alive": True, "Resources": node} for node in nodes]
     listed.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
     ray = SimpleNamespace(nodes=lambda: listed)
     config = config_for(tmp_path, **parameters)
     if isinstance(expected, str):
         with pytest.raises(OSError, match=expected):
-            _workers(ray, config)
+            workers_of(ray, config)
     else:
-        assert _workers(ray, config) == expected
+        assert workers_of(ray, config) == expected
 
 
 def test_no_module_imports_ray_before_it_is_asked_for():

@@ -5,18 +5,15 @@ import io
 
 import numpy as np
 import pytest
-
-from helpers.deployment.scoring import answer_rule, open_model
-from tests.deployment.test_scoring import CLASSES, PROVENANCE, make_classifier
-from tests.fake_data import make_chip, write_chip
-from tests.fake_weights import tiny  # noqa: F401  a fixture
-
-pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from helpers import InputError
+from helpers.deployment.scoring import answer_rule, open_model
 from helpers.deployment.service import ServeConfig, create_app, read_token
 from helpers.models.files import save_classifier
+from tests.deployment.test_scoring import CLASSES, PROVENANCE, make_classifier
+from tests.fake_data import make_chip, write_chip
+from tests.fake_weights import tiny  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")

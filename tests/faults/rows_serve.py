@@ -2,7 +2,6 @@
 
 import os
 import socket
-from importlib.util import find_spec
 
 from tests.faults.fault import Fault
 from tests.faults.rows_predict import model
@@ -31,6 +30,8 @@ ROWS = [
         ("SERVE_TOKEN: is set in the environment and empty",),
         patch=("os.environ", {**os.environ, "SERVE_TOKEN": ""}),
     ),
+    Fault("no replica", model, f"{SERVE} --replicas 0", ("replicas: ", "greater than 0")),
+    Fault("replicas without a model", None, f"{SERVE} --replicas 2", ("model.safetensors",)),
     Fault("a queue of none", model, f"{SERVE} --queue 0", ("queue: ", "greater than 0")),
     Fault(
         "an error rate without a validation split",
@@ -38,4 +39,4 @@ ROWS = [
         f"{SERVE} --error_rate 0.1",
         ("error_rate: ", "validation split"),
     ),
-] * bool(find_spec("uvicorn"))  # requirements-serve.txt
+]

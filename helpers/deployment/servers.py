@@ -1,0 +1,136 @@
+"""What stands behind a service's port: this process, several that share it, or replicas on Ray."""
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from contextlib import suppress
+from functools import partial
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Literal
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import Field, PositiveInt
+from uvicorn.supervisors import Multiprocess
+
+from helpers import InputError
+from helpers.deployment.batching import Batches
+from helpers.deployment.engines import cluster, workers_of
+from helpers.deployment.scoring import answer_rule, open_model
+from helpers.deployment.service import METRICS_FOLDER, ServeConfig, create_app, read_token
+
+_GRACE = 30  # seconds in which requests in flight are finished after Ctrl-C
+_HUNG = 60  # seconds without a sign after which a replica is replaced; importing torch takes some
+
+_RAY_SERVE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+
+
+class ServerConfig(ServeConfig):
+    """Everything that decides a service."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for a free one")
+    batch_size: PositiveInt = Field(16, description="most images per prediction")
+    replicas: PositiveInt = Field(
+        1, description="processes behind the port, each with the model; they share the cores"
+    )
+
+    engine: Literal["local", "ray"] = Field(
+        "local", description="of replicas: processes of this machine, or Ray Serve"
+    )
+    ray_address: str | None = Field(None, description="of a Ray cluster; None: started here")
+
+    @property
+    def threads_each(self) -> int | None:
+        """Threads of one prediction: as asked for, or a replica's share of the cores."""
+        return self.threads or max(1, os.cpu_count() // self.replicas)
+
+
+def application(config: ServerConfig) -> FastAPI:
+    """The application with a classifier of its own; raises as what it calls."""
+    scorer = open_model(config.model_path, config.threads_each, config.device)
+    batches = Batches(scorer.logits_of, config.batch_size)
+    rule = answer_rule(scorer, config)
+    return create_app(config, scorer, rule, batches.logits_of, read_token())
+
+
+def run_here(app: FastAPI, listening: socket.socket) -> None:
+    """Answer from this process until Ctrl-C or SIGTERM, then finish what is in flight."""
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again when all is finished
+        uvicorn.Server(_settings(app)).run(sockets=[listening])
+
+
+def run_replicas(config: ServerConfig, listening: socket.socket) -> None:
+    """The same from `config.replicas` processes that accept from one socket.
+
+    One that dies, or gives no sign for a minute, is replaced; only what it had in flight is lost.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[METRICS_FOLDER] = folder  # the replicas' counts are added up there
+        settings = _settings(
+            partial(_replica, config),
+            factory=True,
+            workers=config.replicas,
+            timeout_worker_healthcheck=_HUNG,
+        )
+        Multiprocess(settings, [listening]).run()
+
+
+def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
+    """The same from replicas on a Ray cluster, behind its HAProxy.
+
+    Raises:
+        InputError: the cluster has no room for so many.
+        OSError: no cluster, or replicas that do not start on it.
+    """
+    os.environ |= _RAY_SERVE  # read when Ray is imported, and by what it starts
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    changes = {"model_path": str(Path(config.model_path).resolve()), "threads": config.threads_each}
+    config = config.model_copy(update=changes)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), cluster(ray, config.ray_address):
+        threads, gpus, room = workers_of(ray, config)
+        if room < config.replicas:
+            raise InputError(
+                f"replicas: the cluster has room for {room} with {threads} threads each; give "
+                "fewer, or fewer threads"
+            )
+        classifier = serve.deployment(
+            num_replicas=config.replicas,
+            max_ongoing_requests=2 * config.queue,  # past its queue the application refuses
+            ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
+            graceful_shutdown_timeout_s=_GRACE,
+        )(serve.ingress(lambda: application(config))())
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            serve.run(classifier.bind(), name="classifier")
+            print(f"{config.replicas} replicas are ready", flush=True)
+            threading.Event().wait()
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise ConnectionError(f"ray: {error}") from error
+        finally:
+            serve.shutdown()
+
+
+def _settings(app, **options) -> uvicorn.Config:
+    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE, **options)
+
+
+def _replica(config: ServerConfig) -> FastAPI:
+    """The application of a replica, which ends with the process that supervises it."""
+
+    def follow() -> None:
+        parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+    app = application(config)
+    print(f"a replica is ready, process {os.getpid()}", flush=True)
+    return app

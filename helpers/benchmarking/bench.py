@@ -158,6 +158,11 @@ class Bench:
         chips, targets = self.source.valid
         return chips.numpy(), targets.numpy()
 
+    @property
+    def test_paths(self) -> list[Path]:
+        """The files of the test chips."""
+        return self.data.dataset("test", self.source.classifier.config.image_size).paths
+
 
 def open_bench(config: BenchmarkConfig) -> Bench:
     """Load the classifier and its data.

@@ -10,6 +10,7 @@ import pandas as pd
 
 from helpers.benchmarking import decision, load
 from helpers.benchmarking.bench import Bench, BenchmarkConfig, open_bench, with_control
+from helpers.benchmarking.http import measure_http
 from helpers.benchmarking.latency import latency_table, measure_latency, request_parts
 from helpers.benchmarking.limits import cpu_flags, energy_meter, flops_per_image, machine_limits
 from helpers.benchmarking.memory import measure_memory
@@ -32,6 +33,8 @@ TABLES = (
     "load_curve",
     "competition",
     "scaling",
+    "http",
+    "http_curve",
     "expectations",
 )
 
@@ -159,6 +162,20 @@ class Benchmark:
         return load.measure_scaling(self.bench, [self.variants[name] for name in self.load_names])
 
     @cached_property
+    def _over_http(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return measure_http(self.bench, self.variants[self.loaded], self.scenarios)
+
+    @property
+    def http(self) -> pd.DataFrame:
+        """The first of `http.measure_http`."""
+        return self._over_http[0]
+
+    @property
+    def http_curve(self) -> pd.DataFrame:
+        """The second of `http.measure_http`."""
+        return self._over_http[1]
+
+    @cached_property
     def summary(self) -> pd.DataFrame:
         """One row per variant, see `decision.summarise`."""
         return decision.summarise(self)
@@ -187,7 +204,7 @@ class Benchmark:
             "energy_counter": (energy_meter(self.bench.device) or (None,))[0],
             "decision": self.decision,
             "sentence": sentence,
-            "tables": {name: _rows(getattr(self, name)) for name in TABLES},
+            "tables": {name: rows_of(getattr(self, name)) for name in TABLES},
         }
         with written_whole(files[0]) as part:
             self.summary.to_csv(part, index=False, float_format="%.6g")
@@ -218,7 +235,7 @@ def save_record(bench: Bench, measured: dict) -> Path:
     return path
 
 
-def _rows(table: pd.DataFrame) -> list[dict]:
+def rows_of(table: pd.DataFrame) -> list[dict]:
     """A table as JSON holds it: rows, numbers with ten digits after the point, null for NaN."""
     return json.loads(table.to_json(orient="records"))
 

@@ -294,6 +294,12 @@ def find_server_rate(system: System, start_qps: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def fastest_within(search: pd.DataFrame) -> list[dict]:
+    """The fastest row of a search that stayed within the bound, or none."""
+    within = search[search.within_bound]
+    return within.loc[[within.target_qps.idxmax()]].to_dict("records") if len(within) else []
+
+
 def all_scenarios(
     system: System,
     start_qps: float | None = None,
@@ -322,8 +328,7 @@ def all_scenarios(
     if brief:
         return pd.DataFrame([single, offline]), pd.DataFrame()
     search = find_server_rate(system, start_qps or offline["answered_per_second"] / 2)
-    within = search[search.within_bound]
-    server = within.loc[[within.target_qps.idxmax()]].to_dict("records") if len(within) else []
+    server = fastest_within(search)
     # Eight chips a query: 299 of them would take too long for a default.
     multi = run_scenario(system, "MultiStream", estimate, percentile=90)
     return pd.DataFrame([single, multi, *server, offline]), search

@@ -115,7 +115,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
         texts = rows.assign(text=texts).sort_values("text", ascending=False)
         names[axis] = (texts[cost], 100 * texts.accuracy, texts.text, 5)
         axis.set(xlabel=label, xscale="log")
-        _plain_log(axis.xaxis)
+        plain_log(axis.xaxis)
         axis.margins(x=0.2, y=0.25)
     axes[0].set_ylabel("validation accuracy (%)")
     _family_legend(axes[1], rows.variant)
@@ -135,7 +135,7 @@ def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
     return ordered[ordered.accuracy > ordered.accuracy.cummax().shift(fill_value=-np.inf)]
 
 
-def _plain_log(axis) -> None:
+def plain_log(axis) -> None:
     """Logarithmic, with plain numbers at 1, 2 and 5."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(ScalarFormatter())
@@ -163,7 +163,7 @@ def latency_distributions(samples: pd.DataFrame, title: str) -> Figure:
     axis.set(xscale="log", xlabel="latency of one prediction (ms); box: quartiles, dots: outliers")
     families = {box.get_label(): box for box in boxes["boxes"]}
     axis.legend(families.values(), families, fontsize=8)
-    _plain_log(axis.xaxis)
+    plain_log(axis.xaxis)
     return titled(figure, title)
 
 
@@ -174,7 +174,7 @@ def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str
         axes[0].plot(curve.target_qps, curve[f"{name}_ms"], label=name, **line_style(number))
     axes[0].axhline(bound_ms, color="0.4", linestyle=":", label="bound")
     axes[0].set(yscale="log", ylabel="latency from scheduled arrival (ms)")
-    _plain_log(axes[0].yaxis)
+    plain_log(axes[0].yaxis)
     axes[1].plot(curve.target_qps, curve.answered_per_second, "o-", label="answered")
     if curve.refused.any():
         share = curve.refused / (curve.refused + curve["samples"])
@@ -221,7 +221,7 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
         xlabel="operations per byte that must move (FLOP/byte); left end: smallest batch",
         ylabel="achieved (GFLOP/s)",
     )
-    _plain_log(axis.yaxis)
+    plain_log(axis.yaxis)
     _family_legend(axis, table.variant, "lower right")
     return titled(figure, title)
 
@@ -235,7 +235,7 @@ def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Fig
     axes[0].set(xlabel="competing processes", ylabel="Offline (images/s)")
     axes[1].bar(server.competing.astype(str), server.p90_ms, color=PALETTE[1])
     axes[1].set(xlabel="competing processes", ylabel="p90 at half the capacity (ms)", yscale="log")
-    _plain_log(axes[1].yaxis)
+    plain_log(axes[1].yaxis)
     groups = scaling.groupby("variant", sort=False)
     for number, (variant, rows) in enumerate(groups, start=2):
         style = line_style(number) | {"linestyle": "-"}

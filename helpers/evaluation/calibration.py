@@ -79,8 +79,12 @@ def read_validation(path: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, n
     table = table[table["split"] == "valid"]
     if table.empty:
         return None
-    probabilities = table[columns].to_numpy(np.float64)
-    return table["target"].to_numpy(), np.log(probabilities.clip(_SMALLEST_PROBABILITY))
+    return table["target"].to_numpy(), logits_from(table[columns].to_numpy())
+
+
+def logits_from(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities (N, classes) -> logits (N, classes) float64 that have them as their softmax."""
+    return np.log(probabilities.astype(np.float64).clip(_SMALLEST_PROBABILITY))
 
 
 def fit_rule(

@@ -35,6 +35,7 @@ WITHOUT_EFFECT = {
     "cache_path",
     "figures_path",
     "show_chips",
+    "prevalence",
     "memory_limit_gb",
     "resume",
     "overwrite",
@@ -305,3 +306,7 @@ class ReportConfig(Config):
 
 class NotebookConfig(ReportConfig, RunConfig):
     """Parameters of setup_finetune.ipynb."""
+
+    prevalence: float = Field(
+        0.05, gt=0, lt=1, description="share of positive chips where the classifier will work"
+    )

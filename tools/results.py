@@ -33,7 +33,10 @@ SHOWN = (
     "openvino_fp32",
     "openvino_int8",
     "pruned_50",
-    "structured_recovered",
+    "structured_40",
+    "structured_40_recovered",
+    "structured_40_int8",
+    "structured_40_int8_bf16",
 )
 
 ONLY_TIMED = "only timed"  # an adapter without an update says nothing of quality
@@ -174,7 +177,7 @@ def serving_table(data_set: Published) -> str:
     summary, recommended = data_set.served
     eager = summary.loc["eager_fp32"]
     lines = []
-    for name in SHOWN:
+    for name in summary.index.intersection(SHOWN, sort=False):
         row = summary.loc[name]
         mark = "**" if name == recommended else ""
         if isinstance(row.get("unavailable"), str):

@@ -16,7 +16,7 @@ from helpers.benchmarking.load_generator import LoadSettings
 from helpers.benchmarking.percentiles import check_percentiles
 from helpers.config import Places, folder_field
 from helpers.data.dataset import ChipData
-from helpers.deployment.variants.build import BUILDERS
+from helpers.deployment.variants.build import BUILDERS, DEFAULT
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source, calibration_rows
 from helpers.models.classifier import Classifier
 from helpers.models.files import EXAMPLE_MODEL, PREDICTIONS, load_model
@@ -37,7 +37,9 @@ class BenchmarkConfig(Places):
         "example", description="folder, CSV manifest, `eurosat`, or `example` (embedded)"
     )
     variants: tuple[Literal[tuple(BUILDERS)], ...] | None = Field(
-        None, description=f"to build, all by default, from {', '.join(BUILDERS)}"
+        None,
+        description=f"to build; {', '.join(DEFAULT)} by default; also "
+        f"{', '.join(name for name in BUILDERS if name not in DEFAULT)}",
     )
     gate_points: float = Field(
         0.5,
@@ -51,7 +53,7 @@ class BenchmarkConfig(Places):
         "and groups",
     )
     recovery_epochs: PositiveInt = Field(
-        3, description="epochs of fine-tuning after structured pruning"
+        3, description="epochs of distillation after structured pruning"
     )
     batch_sizes: tuple[PositiveInt, ...] = Field(
         (1, 8, 32), min_length=1, description="chips per prediction, ascending"
@@ -102,7 +104,7 @@ class BenchmarkConfig(Places):
     @property
     def variant_names(self) -> tuple[str, ...]:
         """What to build; the control always, right after the reference."""
-        return with_control(self.variants or tuple(BUILDERS))
+        return with_control(self.variants or DEFAULT)
 
     @property
     def load_settings(self) -> LoadSettings:

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from helpers.benchmarking.latency import noise
@@ -56,6 +57,24 @@ def summarise(benchmark: "Benchmark") -> pd.DataFrame:
     measured = table.costs_as.fillna(table.variant)
     table = table.merge(costs, left_on=measured, right_index=True, how="left").drop(columns="key_0")
     return table.assign(passes_gate=table.variant.isin(passing(quality)))
+
+
+def speedups(summary: pd.DataFrame) -> pd.DataFrame:
+    """How many times as fast as the reference every variant is, and whether that is beyond noise.
+
+    Args:
+        summary: of `summarise`, by variant.
+
+    Returns:
+        By variant `one_chip` (median latency) and `batches` (images per second at the best size),
+        above 1 where it is faster, and `<column>_beyond_noise`: whether the ratio is further from 1
+        than the control's.
+    """
+    rates = pd.DataFrame({"one_chip": 1 / summary.p50_ms, "batches": summary.images_per_s})
+    ratios = rates / rates.loc[REFERENCE]
+    control = ratios.reindex([CONTROL]).iloc[0].fillna(1.0)
+    beyond = np.abs(np.log(ratios)) > np.log(control.map(noise))
+    return ratios.join(beyond.add_suffix("_beyond_noise"))
 
 
 def decide(summary: pd.DataFrame) -> dict[str, str]:

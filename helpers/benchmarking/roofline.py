@@ -51,5 +51,6 @@ def roofline(
 
 
 def _flops(bench: Bench, variant: Variant) -> int:
-    narrowed = variant.name.startswith("structured")
-    return flops_per_image(bench.source.structured if narrowed else bench.source.classifier)
+    percent = variant.options.get("removed_percent")
+    narrowed = percent and bench.source.structured(percent)
+    return flops_per_image(narrowed or bench.source.classifier)

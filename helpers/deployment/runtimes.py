@@ -49,6 +49,8 @@ class Variant:
             how a comparison treats the variant: `depends_on_batch` (a chip's logits change with
             its neighbours), `only_timed` (its logits are the reference's by construction) and
             `costs_as` (computes and stores what the variant of that name does).
+            `removed_percent`: of the parameters of heads and MLP units that are gone.
+            `batches`: one of `LAYOUTS`.
         precision: of most of its multiplications: `fp32`, `bf16`, `fp16` or `int8`.
     """
 
@@ -202,23 +204,41 @@ def _load_openvino(variant: Variant, threads: int, device: str) -> Predict:
     weights, graph = (variant.folder / name for name in variant.files)
     core = openvino.Core()
     model = core.read_model(gzip.decompress(graph.read_bytes()), weights.read_bytes())
-    hints = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": variant.options["precision_hint"],
-        # Pinned, the threads of two processes would share the first core.
-        "ENABLE_CPU_PINNING": False,
-    }
 
     # A graph of its own for single chips, compiled when one comes: 1.4 times as fast (ViT-Ti,
     # int8). Larger batches gain 1.1 times, which is not worth a graph and 50 MB for every size.
     @cache
-    def request(n: int):
+    def requests(n: int, hint: str) -> list:
         model.reshape([n, *model.input().partial_shape[1:]])
-        return core.compile_model(model, "CPU", hints).create_infer_request()
+        hints = {
+            "PERFORMANCE_HINT": hint,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": variant.options["precision_hint"],
+            # Pinned, the threads of two processes would share the first core.
+            "ENABLE_CPU_PINNING": False,
+        }
+        compiled = core.compile_model(model, "CPU", hints)
+        streams = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        return [compiled.create_infer_request() for _ in range(streams)]
 
-    return lambda chips: request(1 if len(chips) == 1 else -1).infer([chips])[0].copy()
+    def predict(chips: np.ndarray) -> np.ndarray:
+        if len(chips) == 1:
+            return requests(1, "LATENCY")[0].infer([chips])[0].copy()
+        several = requests(-1, variant.options.get("batches", "LATENCY"))
+        parts = np.array_split(chips, min(len(several), len(chips)))
+        for request, part in zip(several, parts, strict=False):
+            request.start_async([part])
+        used = several[: len(parts)]
+        for request in used:
+            request.wait()
+        return np.concatenate([request.get_output_tensor().data for request in used])
 
+    return predict
+
+
+LAYOUTS = {"openvino": ("LATENCY", "THROUGHPUT")}
+"""How a runtime can lay a batch out over the threads: OpenVINO takes it whole (LATENCY), or parts
+of it side by side, a stream each (THROUGHPUT). A variant's option `batches` says which."""
 
 RUNTIMES = {
     "torch": _load_torch,

@@ -7,11 +7,11 @@ import pandas as pd
 
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.benchmark import Benchmark
-from helpers.benchmarking.latency import noise
+from helpers.benchmarking.decision import speedups
 from helpers.benchmarking.limits import energy_meter
 from helpers.deployment.mapping import MapConfig
 from helpers.deployment.scoring import PredictConfig
-from helpers.deployment.variants.source import CONTROL, REFERENCE
+from helpers.deployment.variants.source import REFERENCE
 from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
 from helpers.evaluation.robustness import (
@@ -238,20 +238,16 @@ def form_answer(summary: pd.DataFrame, name: str) -> str:
         summary: of `decision.summarise`, by variant.
         name: of the recommended variant.
     """
-    rates = summary.assign(chips_per_s=1e3 / summary.p50_ms)
-    eager, best = rates.loc[REFERENCE], rates.loc[name]
-    control = rates.loc[CONTROL] if CONTROL in rates.index else eager
+    eager, best, times = summary.loc[REFERENCE], summary.loc[name], speedups(summary).loc[name]
 
-    def times_as_fast(column: str) -> str:
-        ratio = best[column] / eager[column]
-        beyond = max(ratio, 1 / ratio) > noise(control[column] / eager[column])
-        return f"{ratio:.1f} times as fast" if beyond else "as fast within the noise"
+    def as_fast(column: str) -> str:
+        beyond = times[f"{column}_beyond_noise"]
+        return f"{times[column]:.1f} times as fast" if beyond else "as fast within the noise"
 
     return (
         f"`{name}`: {best.accuracy_loss_points:+.2f} points of accuracy lost "
         f"[{best.accuracy_loss_points_low:+.2f}, {best.accuracy_loss_points_high:+.2f}], "
-        f"{times_as_fast('chips_per_s')} for one chip, "
-        f"{times_as_fast('images_per_s')} in batches, "
+        f"{as_fast('one_chip')} for one chip, {as_fast('batches')} in batches, "
         f"{best.mebibytes_on_disk / eager.mebibytes_on_disk:.2f} of the file."
     )
 

@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from helpers.benchmarking.decision import speedups
 from helpers.deployment.variants.source import REFERENCE
 from helpers.reporting.plots import PAGE, PALETTE, label_points, line_style, titled
 
@@ -19,9 +20,12 @@ _COLOURS = dict(
 _MARKERS = {"PyTorch": "o", "PyTorch, pruned": "v", "ONNX Runtime": "s", "OpenVINO": "D"}
 _HATCHES = {"PyTorch": "", "PyTorch, pruned": "///", "ONNX Runtime": "...", "OpenVINO": "xxx"}
 _FAR = 8
+_ABOUT = "\u2248 "
 
 
 def _family(variant: str) -> str:
+    if variant.startswith("structured") and "int8" in variant:
+        return "OpenVINO"
     return _FAMILIES.get(variant.split("_")[0], "PyTorch")
 
 
@@ -35,21 +39,50 @@ def captioned(table: pd.DataFrame, caption: str, precision: int = 3):
     return styled.set_caption(html.escape(caption)).set_uuid("table")
 
 
+def _intervals(table: pd.DataFrame, column: str, form: str) -> list[str]:
+    """`value [low, high]` of every row; empty where there is none."""
+    ends = (table[f"{column}{end}"] for end in ("", "_low", "_high"))
+    shown = f"{{:{form}}} [{{:{form}}}, {{:{form}}}]"
+    return [shown.format(*row) if row[0] == row[0] else "" for row in zip(*ends, strict=True)]
+
+
 def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
     """`measure_quality` as narrow as a page: intervals beside their values."""
-
-    def interval(column: str, form: str) -> list[str]:
-        ends = (quality[f"{column}{end}"] for end in ("", "_low", "_high"))
-        shown = f"{{:{form}}} [{{:{form}}}, {{:{form}}}]"
-        return [shown.format(*row) if row[0] == row[0] else "" for row in zip(*ends, strict=True)]
-
     columns = ["precision", "recall", "f1", "auroc", "max_logit_difference", "agreement"]
     view = quality[["split", "variant", "batch_size", *columns]].rename(
         columns={"batch_size": "batch", "max_logit_difference": "max Δ logit"}
     )
-    view.insert(3, "accuracy", interval("accuracy", ".3f"))
-    lost = interval("accuracy_loss_points", "+.2f")
+    view.insert(3, "accuracy", _intervals(quality, "accuracy", ".3f"))
+    lost = _intervals(quality, "accuracy_loss_points", "+.2f")
     return view.assign(**{"points lost": lost, "gate": quality.passes_gate})
+
+
+def ladder_view(summary: pd.DataFrame) -> pd.DataFrame:
+    """What runs here, form by form: quality lost, latency, throughput, file and memory.
+
+    Points lost are those of the validation split, which decides. A speedup in brackets that is no
+    further from 1 than the control's begins with a sign for about equal.
+    """
+    table = summary[summary.p50_ms.notna()].set_index("variant")
+    times = speedups(table)
+
+    def with_speedup(values: pd.Series, column: str, form: str) -> list[str]:
+        rows = zip(values, times[column], times[f"{column}_beyond_noise"], strict=True)
+        return [f"{v:{form}} ({'' if beyond else _ABOUT}{r:.2f}x)" for v, r, beyond in rows]
+
+    judged = table.valid_accuracy_loss_points.notna()
+    return pd.DataFrame(
+        {
+            "form": table.index,
+            "points lost": _intervals(table, "valid_accuracy_loss_points", "+.2f"),
+            "passes": np.where(judged, np.where(table.passes_gate, "yes", "no"), "only timed"),
+            "one chip, ms": with_speedup(table.p50_ms, "one_chip", ".1f"),
+            "images/s": with_speedup(table.images_per_s, "batches", ".0f"),
+            "batches": table.batches.fillna("").to_numpy(),
+            "file, MiB": table.mebibytes_on_disk.to_numpy(),
+            "memory, MiB": table.peak_mib.to_numpy(),
+        }
+    )
 
 
 def latency_view(latency: pd.DataFrame) -> pd.DataFrame:
@@ -57,7 +90,7 @@ def latency_view(latency: pd.DataFrame) -> pd.DataFrame:
 
     A speedup that is no further from 1 than the control's begins with a sign for about equal.
     """
-    signs = np.where(latency.beyond_noise, "", "\u2248 ")
+    signs = np.where(latency.beyond_noise, "", _ABOUT)
     speedup = [f"{s}{value:.2f}" for s, value in zip(signs, latency.speedup, strict=True)]
     columns = [*(name for name in latency if name.endswith("_ms")), "speedup"]
     wide = latency.assign(speedup=speedup).pivot(
@@ -101,14 +134,8 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     for axis, (cost, label) in zip(axes, panels, strict=True):
         floor = 100 * reference.accuracy - gate_points
         axis.axhline(floor, color="0.4", linestyle=":", label="points lost as the gate")
-        for row in rows.itertuples():
-            family = _family(row.variant)
-            face = _COLOURS[family] if row.passes_gate else "none"
-            axis.plot(
-                getattr(row, cost), 100 * row.accuracy, _MARKERS[family], color=_COLOURS[family],
-                markerfacecolor=face, markersize=8,
-            )  # fmt: skip
-        front = _front(rows, cost)
+        _mark(axis, rows, rows[cost], 100 * rows.accuracy)
+        front = _front(rows, cost, "accuracy")
         axis.plot(front[cost], 100 * front.accuracy, color="0.6", zorder=0)
         named = pd.concat([front, rows[rows.variant == REFERENCE]]).drop_duplicates("variant")
         texts = rows.variant.where(rows.variant.isin(named.variant), "")
@@ -129,10 +156,44 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     return figure
 
 
-def _front(rows: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """Rows that no other beats in accuracy without a higher cost, cheapest first."""
-    ordered = rows.sort_values([cost, "accuracy"], ascending=[True, False])
-    return ordered[ordered.accuracy > ordered.accuracy.cummax().shift(fill_value=-np.inf)]
+def latency_against_throughput(summary: pd.DataFrame, title: str) -> Figure:
+    """Each form's throughput at its best batch against its latency; hollow marks fail the gate.
+
+    Of those that pass only what nothing else beats in both is named, and the reference.
+    """
+    rows = summary[summary.p50_ms.notna()]
+    figure, axis = plt.subplots(figsize=(PAGE * 0.75, 4.6))
+    _mark(axis, rows, rows.p50_ms, rows.images_per_s)
+    named = {REFERENCE, *_front(rows[rows.passes_gate], "p50_ms", "images_per_s").variant}
+    axis.set(
+        xlabel="median latency of one chip (ms)", ylabel="images per second at the best batch",
+        xscale="log", yscale="log",
+    )  # fmt: skip
+    for scale in (axis.xaxis, axis.yaxis):
+        _plain_log(scale)
+    axis.margins(0.2)
+    _family_legend(axis, rows.variant, "lower left")
+    titled(figure, title)
+    texts = rows.variant.where(rows.variant.isin(named), "")
+    label_points(axis, rows.p50_ms, rows.images_per_s, texts, 5)
+    return figure
+
+
+def _mark(axis, rows: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
+    """One mark a variant at its x and y; hollow where it fails the gate."""
+    for name, passes, left, height in zip(rows.variant, rows.passes_gate, x, y, strict=True):
+        family = _family(name)
+        face = _COLOURS[family] if passes else "none"
+        axis.plot(
+            left, height, _MARKERS[family], color=_COLOURS[family], markerfacecolor=face,
+            markersize=8,
+        )  # fmt: skip
+
+
+def _front(rows: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
+    """Rows that no other beats in the gain without a higher cost, cheapest first."""
+    ordered = rows.sort_values([cost, gain], ascending=[True, False])
+    return ordered[ordered[gain] > ordered[gain].cummax().shift(fill_value=-np.inf)]
 
 
 def plain_log(axis) -> None:

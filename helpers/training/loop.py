@@ -31,6 +31,16 @@ from helpers.training.validation import by_candidate, candidate_losses, predict,
 
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
 
+Losses = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Model, inputs, targets (n,), rows (n,) of the examples -> logits (candidates, n, classes) and
+losses (candidates, n)."""
+
+
+def by_labels(model: nn.Module, inputs: Tensor, targets: Tensor, rows: Tensor):
+    """The cross entropy to the labels: `Losses` of everything but a distillation."""
+    logits = by_candidate(model(inputs))
+    return logits, candidate_losses(logits, targets)
+
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -67,6 +77,7 @@ def fit(
     accelerator: Accelerator,
     checkpoint: Checkpoint | None = None,
     report: Callable[[str], None] = print,
+    losses: Losses = by_labels,
 ) -> Progress:
     """Train every candidate until its validation loss stops falling, and restore its best epoch.
 
@@ -84,6 +95,7 @@ def fit(
             Its trackers receive every epoch of the candidate that leads.
         checkpoint: where to keep the state after every epoch; None for no checkpoints.
         report: receives one line at about ten epochs spread over the fit.
+        losses: what is made smaller in training; validation is by the labels.
 
     Returns:
         The progress at the end; the model holds each candidate's parameters of its best epoch.
@@ -93,7 +105,7 @@ def fit(
             epoch and batch, and the checkpoint is gone. Where some break, they are out of the
             race, and `Progress.failures` says why.
     """
-    loop = Loop(model, groups, train, settings, accelerator)
+    loop = Loop(model, groups, train, settings, accelerator, losses)
     valid = beside_the_model(valid, accelerator.device)
     initial, random = copy.deepcopy(loop.progress), _random_state()
     if accelerator.num_processes > 1:
@@ -123,9 +135,10 @@ class Loop:
         train: FeatureExamples | ChipExamples,
         settings: FitSettings,
         accelerator: Accelerator,
+        losses: Losses = by_labels,
     ):
         """Prepare the model for the accelerator's device; arguments as of `fit`."""
-        self.groups, self.settings = groups, settings
+        self.groups, self.settings, self.losses = groups, settings, losses
         self.train = beside_the_model(train, accelerator.device)
         self.accelerator = accelerator
         optimizer = torch.optim.AdamW(_groups_by_rate(groups), fused=True)
@@ -311,8 +324,7 @@ class Loop:
         targets = self.train.targets[rows]
         weights, targets = (moved(tensor, device) for tensor in (self.weights[targets], targets))
         mark("data")
-        logits = by_candidate(self.model(inputs))
-        losses = candidate_losses(logits, targets)
+        logits, losses = self.losses(self.model, inputs, targets, rows)
         mark("forward")
         # Processes average their gradients, so each scales its sum by their number.
         scale = self.accelerator.num_processes / total

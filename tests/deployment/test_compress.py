@@ -3,6 +3,7 @@
 import copy
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,18 +13,18 @@ from safetensors.torch import load_file
 
 from helpers import InputError
 from helpers.deployment import runtimes
-from helpers.deployment.variants import build, structure
-from helpers.deployment.variants.source import Source, calibration_rows
+from helpers.deployment.variants import build
+from helpers.deployment.variants.source import calibration_rows
 from helpers.models.adapters import AdapterSettings, add_adapter
-from helpers.models.architectures import architecture
-from helpers.models.classifier import ClassifierConfig, create_classifier
-from tests.fake_weights import lively_classifier, tiny  # noqa: F401  a fixture
-from tests.models.common import CLASSES, RGB, random_chips
+from tests.deployment.common import KINDS, SIZE, listed, make_classifier, make_source
+from tests.fake_weights import tiny  # noqa: F401  a fixture
+from tests.models.common import random_chips
 from tests.models.parity import tiny_architectures, tiny_classifier
 
-SIZE = 28  # pixels: two by two patches
 NEEDS_GPU = {"int4_weights", "sparse_2_4"}
-MAY_BE_MISSING = NEEDS_GPU | {"openvino_bf16"}  # some CPUs have no bf16
+MAY_BE_MISSING = NEEDS_GPU | {"openvino_bf16", "openvino_int8_bf16"}  # some CPUs have no bf16
+# The other shares differ in a number.
+BUILT = (*build.DEFAULT, "openvino_int8_unsmoothed", "openvino_int8_bf16", "structured_60")
 # Mean difference of logits to the reference, relative to their mean size. (The largest of a few
 # differences would be one draw: int8's lay between 0.16 and 0.23 with other calibration chips.)
 TOLERANCE = {
@@ -44,25 +45,13 @@ TOLERANCE = {
     "onnx_int8_dynamic": 2e-1,
     "onnx_int8_static": 2e-1,
     "openvino_int8": 2e-1,
+    "openvino_int8_unsmoothed": 2e-1,
+    "openvino_int8_bf16": 2e-1,
     "openvino_int4_weights": 5e-1,
 }
 
 
 pytestmark = pytest.mark.usefixtures("tiny")
-
-
-def make_classifier(seed=0, **options):
-    config = ClassifierConfig("tiny", "random", SIZE, (0, 1, 2), ("no_tree", "tree"), **options)
-    return lively_classifier(config, seed)
-
-
-def make_source(folder, **options):
-    rng = np.random.default_rng(0)
-    chips = torch.from_numpy(rng.integers(0, 256, (24, 3, SIZE, SIZE), dtype=np.uint8))
-    targets = torch.arange(24) % 2
-    examples = (chips, targets)
-    given = {"classifier": make_classifier(), "recovery_epochs": 1, "folder": folder}
-    return Source(train=examples, valid=examples, calibration=chips, **given | options)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def source(tmp_path_factory, tiny):  # noqa: F811
 def built(source):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "NOTICEABLE", float("inf"))  # a busy moment takes nothing out
-        variants, _, table = build.build_variants(source, tuple(build.BUILDERS), 2)
+        variants, _, table = build.build_variants(source, BUILT, 2)
     return variants, table.set_index("variant")
 
 
@@ -94,7 +83,7 @@ def logits(source, predicts):
 
 def test_every_variant_is_built_or_listed_with_the_reason(built):
     variants, table = built
-    assert list(table.index) == list(build.BUILDERS)
+    assert tuple(table.index) == BUILT
     missing = set(table.index) - set(variants)
     assert missing >= NEEDS_GPU and missing <= MAY_BE_MISSING
     assert table.unavailable[list(missing)].notna().all()
@@ -109,7 +98,7 @@ def test_every_variant_says_what_it_classifies(built):
         assert config["classes"] == ["no_tree", "tree"] and config["image_size"] == SIZE
 
 
-@pytest.mark.parametrize("name", [n for n in build.BUILDERS if n not in NEEDS_GPU])
+@pytest.mark.parametrize("name", [n for n in BUILT if n not in NEEDS_GPU])
 def test_a_variant_gives_the_logits_of_its_kind(source, logits, name):
     if name not in logits:
         pytest.skip(f"{name} does not run on this machine")
@@ -128,7 +117,8 @@ def test_any_batch_size_gives_the_same_as_one_chip_at_a_time(source, built, pred
     """Unless the variant says otherwise, and the one that does needs to."""
     changed = set()
     for name, variant in built[0].items():
-        if variant.precision not in ("fp32", "int8"):
+        half = variant.options.get("precision_hint") == "bf16"
+        if half or variant.precision not in ("fp32", "int8"):
             continue  # sums in half precision are rounded in another order
         single = np.concatenate(
             [predicts[name](chip[None].numpy()) for chip in source.train[0][:8]]
@@ -167,49 +157,6 @@ def test_unstructured_pruning_zeroes_the_smallest_weights(source, built):
         assert before[after == 0].abs().max() <= before[after != 0].abs().min()
 
 
-# Reference models of every kind of attention and MLP: plain, gated in one layer or in two, rotary,
-# with a bias on qkv and without. (DINOv3's blocks are the same for satellite images.)
-KINDS = ("dinov2", "dinov2_reg4", "giant", "dinov3", "plus", "7b", "timm")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_removing_heads_and_units_that_do_nothing_changes_nothing(kind, tmp_path):
-    """The weakest half is found wherever it is, and the rest is put together and served rightly."""
-    classifier = tiny_classifier(None, kind)
-    with torch.no_grad():
-        for i, block in enumerate(classifier.backbone.blocks):
-            head, width = i % 2, block.attn.head_dim
-            block.attn.proj.weight[:, head * width : (head + 1) * width] = 0
-            block.mlp.fc2.weight[:, i % 2 :: 2] = 0
-    pruned = structure.remove_heads_and_units(classifier, 1 / 2)
-    chips = random_chips(4, size=classifier.config.image_size)
-    source = make_source(tmp_path, classifier=classifier)
-    with torch.inference_mode():
-        expected = classifier(chips)
-        torch.testing.assert_close(pruned(chips), expected, atol=1e-5, rtol=1e-4)
-    with tiny_architectures():
-        predict = runtimes.load(source.torch_variant("structured", "", pruned), threads=1)
-        np.testing.assert_allclose(predict(chips.numpy()), expected, atol=1e-5, rtol=1e-4)
-    before, after = classifier.backbone.blocks[0], pruned.backbone.blocks[0]
-    assert after.attn.num_heads == before.attn.num_heads // 2 == 1  # a copy was pruned
-    assert after.mlp.fc2.in_features == before.mlp.fc2.in_features // 2
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("timm:eva_giant_patch14_clip_224", "not from EvaAttention"),
-        ("timm:eva02_base_patch16_clip_224", "not from EvaAttention"),
-        ("timm:vit_small_patch16_rope_mixed_224", "a rotary embedding of its own"),
-    ],
-)
-def test_blocks_whose_heads_cannot_be_removed_are_a_row_with_the_reason(tmp_path, name, reason):
-    with tiny_architectures(depth=4):
-        config = ClassifierConfig(name, "random", 2 * architecture(name).patch, RGB, CLASSES)
-        source = make_source(tmp_path, classifier=create_classifier(config).eval())
-        assert reason in listed(source, "structured")[0]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_variants_of_every_kind_of_block(kind, tmp_path):
     """A trained adapter among them, which is judged by its own logits; PiSSA changes its base."""
@@ -226,7 +173,7 @@ def test_variants_of_every_kind_of_block(kind, tmp_path):
     chips = random_chips(24, size=classifier.config.image_size)
     source = make_source(tmp_path, classifier=classifier, adapted=adapted)
     source.train = source.valid = (chips, source.train[1])
-    names = ("eager_fp32", "lora_unmerged", "lora_merged", "bf16", "pruned_50", "structured")
+    names = ("eager_fp32", "lora_unmerged", "lora_merged", "bf16", "pruned_50", "structured_40")
     with tiny_architectures():
         variants, predicts, table = build.build_variants(source, names, 1)
     assert table.unavailable.isna().all(), table.unavailable
@@ -242,19 +189,61 @@ def test_variants_of_every_kind_of_block(kind, tmp_path):
     state = load_file(tmp_path / "pruned_50.safetensors")
     zeros = torch.cat([(state[f"backbone.{path}.weight"] == 0).flatten() for path in layers])
     assert zeros.float().mean().item() == pytest.approx(0.5, abs=1e-4)
-    assert variants["structured"].bytes_on_disk < 0.8 * variants["eager_fp32"].bytes_on_disk
+    assert variants["structured_40"].bytes_on_disk < 0.8 * variants["eager_fp32"].bytes_on_disk
 
 
-def test_recovery_trains(source, built, logits):
-    assert not np.array_equal(logits["structured"], logits["structured_recovered"])
-    assert built[0]["structured_recovered"].bytes_on_disk == built[0]["structured"].bytes_on_disk
+def test_every_step_of_the_ladder_is_a_form_made_of_the_one_before(built, logits):
+    """Fewer heads and units, taught again, quantized: each has files and answers of its own."""
+    pruned, taught, int8 = (f"structured_40{step}" for step in ("", "_recovered", "_int8"))
+    assert not np.array_equal(logits[pruned], logits[taught])
+    difference = np.abs(logits[int8] - logits[taught]).mean() / np.abs(logits[taught]).mean()
+    assert 0 < difference <= TOLERANCE["openvino_int8"]
+    variants, table = built
+    size = {name: variants[name].bytes_on_disk for name in (pruned, taught, int8)}
+    assert size[taught] == size[pruned] > 3 * size[int8]
+    assert size[int8] < 0.75 * variants["openvino_int8"].bytes_on_disk
+    assert variants[taught].options["costs_as"] == pruned
+    assert "1 of 3 heads and 333 of 768 MLP units" in table.made[int8]
+    assert "1 epoch of distillation" in table.made[int8]
 
 
-def listed(source, *names):
-    """Build variants of which none may run; return the reasons."""
-    variants, predicts, table = build.build_variants(source, names, 1)
-    assert variants == predicts == {}
-    return table.unavailable
+def test_int8_without_smoothing_and_with_bf16_are_forms_of_their_own(built, logits):
+    variants, _ = built
+    smooth, plain = logits["openvino_int8"], logits["openvino_int8_unsmoothed"]
+    assert not np.array_equal(smooth, plain)
+    if "openvino_int8_bf16" in variants:
+        assert variants["openvino_int8_bf16"].files == variants["openvino_int8"].files
+        assert not np.array_equal(smooth, logits["openvino_int8_bf16"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_a_batch_laid_out_over_streams_has_the_same_answers_in_order(source, built, count):
+    variant, chips = built[0]["openvino_int8"], source.train[0][:count].numpy()
+    whole, streams = (
+        runtimes.load(replace(variant, options=variant.options | {"batches": hint}), threads=2)
+        for hint in runtimes.LAYOUTS["openvino"]
+    )
+    np.testing.assert_allclose(streams(chips), whole(chips), atol=1e-5)
+    np.testing.assert_allclose(streams(chips[::-1].copy()), whole(chips)[::-1], atol=1e-5)
+
+
+def test_the_layout_of_batches_is_the_one_that_answers_soonest_and_is_named(
+    tmp_path, monkeypatch, built
+):
+    def load(variant, threads, device):
+        return variant.options.get("batches")
+
+    monkeypatch.setattr(build, "load", load)
+    variant = built[0]["openvino_int8"]
+    for slower, chosen in (({"LATENCY": 1.2}, "THROUGHPUT"), ({"LATENCY": 1.02}, "LATENCY"),
+                           ({"THROUGHPUT": 1.2}, "LATENCY")):  # fmt: skip
+        monkeypatch.setattr(build, "_seconds", lambda name, chips, s=slower: s.get(name, 1.0))
+        found, predict = build._laid_out(variant, None, 2, "cpu")
+        assert found.options["batches"] == predict == chosen
+    assert build._laid_out(built[0]["eager_fp32"], None, 2, "cpu")[0] is built[0]["eager_fp32"]
+    layouts = built[1].batches.dropna()
+    assert set(layouts.index) == {n for n, v in built[0].items() if v.runtime == "openvino"}
+    assert set(layouts) <= set(runtimes.LAYOUTS["openvino"])
 
 
 def test_a_machine_without_a_compiler_lists_the_compiled_variant(tmp_path, monkeypatch):

@@ -35,11 +35,12 @@ def variants(tmp_path_factory, tiny):  # noqa: F811
     examples = (batch, torch.arange(16) % 2)
     folder = tmp_path_factory.mktemp("variants")
     source = Source(classifier, examples, examples, batch, folder)
-    build_variants(source, ("eager_fp32", "onnx_fp32", "openvino_fp32"), threads=1)
+    names = ("eager_fp32", "onnx_fp32", "openvino_fp32", "structured_40_int8")
+    build_variants(source, names, threads=1)
     return folder
 
 
-@pytest.mark.parametrize("name", ["onnx_fp32", "openvino_fp32"])
+@pytest.mark.parametrize("name", ["onnx_fp32", "openvino_fp32", "structured_40_int8"])
 def test_the_folder_answers_alone(variants, name, tmp_path):
     model = variants / f"{name}.json"
     options = {"temperature": 2, "threshold": "0.4"}

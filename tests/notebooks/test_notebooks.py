@@ -160,7 +160,9 @@ def check_benchmark(made):
     assert [row["processes"] for row in tables["scaling"]] == [1, 2]
     assert [row["competing"] for row in tables["competition"]] == [0, 0, 2, 2]
     figures = {path.stem for path in (made / "figures").glob("benchmark_*.png")}
-    shown = ("latency", "roofline", "load_curve", "sharing", "http", "pareto")
+    shown = (
+        "latency", "roofline", "load_curve", "sharing", "http", "latency_throughput", "pareto"
+    )  # fmt: skip
     assert figures == {f"benchmark_{name}" for name in shown}
     assert (made / name / "onnx_fp32.onnx").is_file()
 

@@ -1,4 +1,4 @@
-"""Figures whose axes or names once could not be read."""
+"""Figures whose axes or names once could not be read, and what the table of all forms says."""
 
 import numpy as np
 import pandas as pd
@@ -57,3 +57,46 @@ def test_runtimes_differ_in_grey_and_are_named():
     names = [text.get_text() for text in axis.get_legend().get_texts()]
     assert set(names) == {"PyTorch", "ONNX Runtime", "PyTorch, pruned"}
     assert len({box.get_hatch() for box in axis.patches}) == 3
+
+
+# --- The ladder of forms --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def summary():
+    """A reference, its control, a form that is faster and passes, one that does not run."""
+    table = pd.DataFrame(
+        {
+            "variant": ["eager_fp32", "eager_fp32_again", "structured_40_int8", "sparse_2_4"],
+            "passes_gate": [True, False, True, False],
+            "valid_accuracy_loss_points": [0.0, np.nan, 0.1, np.nan],
+            "p50_ms": [10.0, 12.0, 8.5, np.nan],
+            "images_per_s": [100.0, 98.0, 500.0, np.nan],
+            "batches": [None, None, "THROUGHPUT", None],
+            "mebibytes_on_disk": [20.0, 20.0, 3.0, np.nan],
+            "peak_mib": [700.0, 701.0, 150.0, np.nan],
+        }
+    )
+    for end, apart in (("_low", -0.2), ("_high", 0.3)):
+        table[f"valid_accuracy_loss_points{end}"] = table.valid_accuracy_loss_points + apart
+    return table
+
+
+def test_the_ladder_calls_nothing_faster_that_its_control_could_be_too(summary):
+    view = benchmark_plots.ladder_view(summary).set_index("form")
+    assert list(view.index) == list(summary.variant[:3])
+    form = view.loc["structured_40_int8"]
+    assert form["points lost"] == "+0.10 [-0.10, +0.40]" and form.passes == "yes"
+    assert form["one chip, ms"] == "8.5 (\u2248 1.18x)", "the control was 1.2 times as slow"
+    assert form["images/s"] == "500 (5.00x)" and form.batches == "THROUGHPUT"
+    assert view.passes["eager_fp32_again"] == "only timed"
+
+
+def test_latency_against_throughput_names_the_reference_and_what_nothing_beats(summary):
+    slower = summary.iloc[[2]].assign(variant="slower", p50_ms=9.0, images_per_s=400.0)
+    failing = slower.assign(variant="failing", p50_ms=1.0, passes_gate=False)
+    table = pd.concat([summary, slower, failing], ignore_index=True)
+    axis = benchmark_plots.latency_against_throughput(table, "title").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["eager_fp32", "structured_40_int8"]
+    hollow = [line.get_markerfacecolor() == "none" for line in axis.lines if len(line.get_xdata())]
+    assert hollow == [False, True, False, False, True]

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 
 from helpers import InputError
 from helpers.console import progress_bar
-from helpers.deployment.runtimes import Predict, Variant, load
+from helpers.deployment.runtimes import LAYOUTS, Predict, Variant, load
 from helpers.deployment.variants.onnx import (
     build_onnx_fp32,
     build_onnx_int8_dynamic,
@@ -31,12 +32,13 @@ from helpers.deployment.variants.openvino import (
     build_openvino_int8,
 )
 from helpers.deployment.variants.pruning import (
+    build_recovered,
     build_sparse_2_4,
     build_structured,
-    build_structured_recovered,
+    build_structured_int8,
     build_unstructured,
 )
-from helpers.deployment.variants.source import CONTROL, REFERENCE, Source
+from helpers.deployment.variants.source import CONTROL, REFERENCE, STRUCTURED, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.deployment.variants.torch import (
     build_autocast,
@@ -50,7 +52,29 @@ from helpers.deployment.variants.torch import (
     build_torchao,
 )
 
-BUILDERS: dict[str, Callable[[Source], Variant]] = {
+Builder = Callable[[Source], Variant]
+
+
+# int8 as NNCF advises, without SmoothQuant, and with what is not int8 in bf16.
+_INT8 = {"": {}, "_unsmoothed": {"smooth": False}, "_bf16": {"hint": "bf16"}}
+
+
+def _int8_steps(start: str, build: Callable[..., Variant], *given) -> dict[str, Builder]:
+    names = {f"{start}_int8{end}": options for end, options in _INT8.items()}
+    return {name: partial(build, name, *given, **options) for name, options in names.items()}
+
+
+def _structured_steps(percent: int) -> dict[str, Builder]:
+    """From fp32 to int8 by way of fewer heads and units: every step a form of its own."""
+    name = f"structured_{percent}"
+    return {
+        name: partial(build_structured, percent),
+        f"{name}_recovered": partial(build_recovered, percent),
+        **_int8_steps(name, build_structured_int8, percent),
+    }
+
+
+BUILDERS: dict[str, Builder] = {
     REFERENCE: build_eager,
     CONTROL: build_control,
     "lora_unmerged": build_lora_unmerged,
@@ -80,15 +104,24 @@ BUILDERS: dict[str, Callable[[Source], Variant]] = {
     "onnx_int8_static": build_onnx_int8_static,
     "openvino_fp32": build_openvino_fp32,
     "openvino_bf16": build_openvino_bf16,
-    "openvino_int8": build_openvino_int8,
     "openvino_int4_weights": build_openvino_int4_weights,
     "pruned_30": partial(build_unstructured, 30),
     "pruned_50": partial(build_unstructured, 50),
     "pruned_70": partial(build_unstructured, 70),
-    "structured": build_structured,
-    "structured_recovered": build_structured_recovered,
     "sparse_2_4": build_sparse_2_4,
 }
+DEFAULT = (
+    *BUILDERS,
+    "openvino_int8",
+    "structured_40",
+    "structured_40_recovered",
+    "structured_40_int8",
+)
+"""What is built where no names are given: of the steps below one way up."""
+
+BUILDERS |= _int8_steps("openvino", build_openvino_int8)
+for _percent in STRUCTURED:
+    BUILDERS |= _structured_steps(_percent)
 
 
 TOO_SLOW = 4
@@ -98,6 +131,8 @@ alone would take minutes. Only where `_TRIAL` chips take `NOTICEABLE` seconds at
 busy moment decides."""
 NOTICEABLE = 0.2
 _TRIAL = 8  # chips: what emulated arithmetic costs shows in batches first
+_ROUNDS = 8  # of a batch in each layout
+_GAIN = 1.05  # below it noise would decide
 
 
 def build_variants(
@@ -116,7 +151,8 @@ def build_variants(
 
     Returns:
         The variants and their loaded predict functions by name, and a table of all names:
-        `variant, made, arithmetic, mebibytes_on_disk, unavailable`.
+        `variant, made, arithmetic, batches` (the layout that was fastest here, see
+        `runtimes.LAYOUTS`), `mebibytes_on_disk, unavailable`.
 
     Raises:
         InputError: the reference is among those that do not run.
@@ -127,9 +163,8 @@ def build_variants(
     for name in progress_bar(names, desc="building variants"):
         try:
             with _quiet():
-                variant = BUILDERS[name](source)
+                variant, predict = _laid_out(BUILDERS[name](source), chips, threads, source.device)
                 variant.save()
-                predict = load(variant, threads, source.device)
                 if not np.isfinite(predict(chips)).all():
                     raise Unavailable("its logits are not finite")
                 seconds[name] = min(_seconds(predict, chips) for _ in range(2))
@@ -145,13 +180,32 @@ def build_variants(
                     "variant": name,
                     "made": variant.made,
                     "arithmetic": variant.precision,
+                    "batches": variant.options.get("batches"),
                     "mebibytes_on_disk": variant.bytes_on_disk / 2**20,
                 }
             )
         if name == REFERENCE and name not in variants:
             raise InputError(f"model_path: {name} cannot serve it: {rows[-1]['unavailable']}")
-    columns = ["variant", "made", "arithmetic", "mebibytes_on_disk", "unavailable"]
+    columns = ["variant", "made", "arithmetic", "batches", "mebibytes_on_disk", "unavailable"]
     return variants, predicts, pd.DataFrame(rows, columns=columns)
+
+
+def _laid_out(
+    variant: Variant, chips: np.ndarray, threads: int, device: str
+) -> tuple[Variant, Predict]:
+    """The variant, loaded, in the layout that answers a batch soonest; the first unless one gains.
+
+    Layouts take turns. One chip has none: it is computed by all threads.
+    """
+    layouts = LAYOUTS.get(variant.runtime, ())
+    if not layouts:
+        return variant, load(variant, threads, device)
+    forms = [replace(variant, options=variant.options | {"batches": name}) for name in layouts]
+    loaded = [(form, load(form, threads, device)) for form in forms]
+    rounds = [[_seconds(predict, chips) for _, predict in loaded] for _ in range(_ROUNDS)]
+    seconds = np.min(rounds[1:], axis=0)  # the first compiles
+    best = int(seconds.argmin())
+    return loaded[best if seconds[0] >= _GAIN * seconds[best] else 0]
 
 
 def _seconds(predict: Predict, chips: np.ndarray) -> float:

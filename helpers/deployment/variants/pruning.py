@@ -1,18 +1,16 @@
 """Variants with weights, heads or units taken away."""
 
 import copy
+from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch.nn.utils import prune
 
 from helpers.deployment.runtimes import Variant, block_layers
+from helpers.deployment.variants.openvino import build_openvino_int8
+from helpers.deployment.variants.recovery import recovered
 from helpers.deployment.variants.source import REFERENCE, Source
-from helpers.deployment.variants.structure import Unavailable
-from helpers.training.loop import ChipExamples, FitSettings, fit
-from helpers.training.processes import processes
-
-_RECOVERY_LEARNING_RATE = 1e-4
+from helpers.deployment.variants.structure import Unavailable, described
 
 
 def build_unstructured(percent: int, source: Source) -> Variant:
@@ -26,28 +24,45 @@ def build_unstructured(percent: int, source: Source) -> Variant:
     return source.torch_variant(f"pruned_{percent}", made, model, costs_as=REFERENCE)
 
 
-def build_structured(source: Source) -> Variant:
-    """A share of heads and MLP units removed."""
-    made = "a third of the heads and of the MLP units of every block removed"
-    return source.torch_variant("structured", made, source.structured)
+def build_structured(percent: int, source: Source) -> Variant:
+    """A share of the parameters of heads and MLP units removed."""
+    model = source.structured(percent)
+    made = described(source.classifier, model)
+    return source.torch_variant(f"structured_{percent}", made, model, removed_percent=percent)
 
 
-def build_structured_recovered(source: Source) -> Variant:
-    """The same, fine-tuned afterwards."""
-    model = copy.deepcopy(source.structured)
-    processes(source.device)
-    group = {"params": list(model.parameters()), "lr": _RECOVERY_LEARNING_RATE, "weight_decay": 0.0}
-    fit(
-        model,
-        [group],
-        ChipExamples(*source.train),
-        ChipExamples(*source.valid),
-        FitSettings(source.recovery_epochs, source.recovery_epochs, 32, seed=source.seed),
-        accelerator=Accelerator(cpu=source.device == "cpu"),
-        report=lambda line: None,
+def build_recovered(percent: int, source: Source) -> Variant:
+    """The same, distilled afterwards."""
+    name = f"structured_{percent}"
+    options = {"removed_percent": percent, "costs_as": name}
+    model = recovered(source, percent)
+    return source.torch_variant(f"{name}_recovered", _made(percent, source), model, **options)
+
+
+def build_structured_int8(name: str, percent: int, source: Source, **options) -> Variant:
+    """The same in int8; options are those of `build_openvino_int8`."""
+    source.check_exported()
+    narrow = source.once(
+        f"source_of_{percent}",
+        lambda: replace(
+            source,
+            classifier=recovered(source, percent),
+            graph=f"structured_{percent}.onnx",
+            kept={},
+        ),
     )
-    made = f"the same, then {source.recovery_epochs} epochs of fine-tuning on the training chips"
-    return source.torch_variant("structured_recovered", made, model.cpu(), costs_as="structured")
+    variant = build_openvino_int8(name, narrow, **options)
+    return replace(
+        variant,
+        made=f"{_made(percent, source)}, then {variant.made}",
+        options=variant.options | {"removed_percent": percent},
+    )
+
+
+def _made(percent: int, source: Source) -> str:
+    removed = described(source.classifier, source.structured(percent))
+    epochs = f"{source.recovery_epochs} epoch{'s' if source.recovery_epochs > 1 else ''}"
+    return f"{removed}, then {epochs} of distillation from the classifier on the training chips"
 
 
 def build_sparse_2_4(source: Source) -> Variant:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,10 @@ REFERENCE = "eager_fp32"
 CONTROL = "eager_fp32_again"
 """The reference under another name: what differs between the two is noise of the measurement."""
 
-_STRUCTURED_SHARE = 1 / 3  # of heads and of MLP units: one of the three heads of a ViT-Ti
+STRUCTURED = (25, 40, 50, 60)
+"""Percent of the parameters of heads and MLP units that structured pruning removes."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -42,8 +46,10 @@ class Source:
         adapted: the classifier as a PeftModel; None for one with a new adapter of zero update,
             which costs the same time and memory as a trained one.
         device: `cpu` or `cuda`, where PyTorch variants will run.
-        recovery_epochs: of the fine-tuning after structured pruning.
+        recovery_epochs: of the distillation after structured pruning.
         seed: of the recovery.
+        graph: name of the classifier's exported file.
+        kept: what `once` has made.
     """
 
     classifier: Classifier
@@ -55,20 +61,32 @@ class Source:
     device: str = "cpu"
     recovery_epochs: int = 3
     seed: int = 0
+    graph: str = "onnx_fp32.onnx"
+    kept: dict = field(default_factory=dict, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What several variants are made of: made when it is first asked for by its name."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
 
     @property
     def calibration_batches(self) -> list[np.ndarray]:
         """The calibration chips in batches of eight."""
         return [batch.numpy() for batch in self.calibration.split(8)]
 
-    @cached_property
-    def onnx(self) -> Path:
-        """The classifier as an ONNX file."""
+    def check_exported(self) -> None:
+        """Raise Unavailable where no exported graph is compared."""
         if self.device != "cpu":
             raise Unavailable("served from the CPU, which a comparison on a GPU leaves out")
         if self.train[0].dtype != torch.uint8:
             raise Unavailable("the exported graph takes 8-bit chips, and these are not")
-        return export_onnx(self.classifier, self.folder / "onnx_fp32.onnx")
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The classifier as an ONNX file."""
+        self.check_exported()
+        return export_onnx(self.classifier, self.folder / self.graph)
 
     @cached_property
     def simplified_onnx(self) -> Path:
@@ -79,16 +97,11 @@ class Source:
         quant_pre_process(self.onnx, path)
         return path
 
-    @cached_property
-    def structured(self) -> Classifier:
-        """The classifier with a third of its heads and of its MLP units removed."""
-        return remove_heads_and_units(self.classifier, _STRUCTURED_SHARE)
-
-    def openvino(self):
-        """Return the classifier as a new OpenVINO model."""
-        import openvino
-
-        return openvino.Core().read_model(self.onnx)
+    def structured(self, percent: int) -> Classifier:
+        """The classifier without that share of the parameters of its heads and MLP units."""
+        return self.once(
+            f"structured_{percent}", lambda: remove_heads_and_units(self.classifier, percent / 100)
+        )
 
     def torch_variant(
         self, name: str, made: str, model: nn.Module, precision: str = "fp32", **options

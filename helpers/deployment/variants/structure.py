@@ -22,10 +22,11 @@ def remove_heads_and_units(classifier: Classifier, share: float) -> Classifier:
 
     Args:
         classifier: any whose attention and MLPs are of kinds whose parts stand side by side.
-        share: of heads and of units, rounded down, but at least one of each.
+        share: of the parameters of heads and units. That share of the heads goes, rounded down,
+            and as many units as make up the rest.
 
     Raises:
-        Unavailable: other kinds, or one head only.
+        Unavailable: other kinds.
     """
     if getattr(classifier.backbone, "rope_mixed", False):
         raise Unavailable("no heads can be removed where each has a rotary embedding of its own")
@@ -36,11 +37,23 @@ def remove_heads_and_units(classifier: Classifier, share: float) -> Classifier:
         _check(mlp, _MLPS)
         if attention.qkv is None or attention.gate is not None:
             raise Unavailable("no heads can be removed where qkv is not one layer, or gated")
-        if attention.num_heads < 2:
-            raise Unavailable("no heads can be removed from blocks with one head")
-        _remove_heads(attention, share)
-        _remove_units(mlp, share)
+        heads, units = attention.num_heads, mlp.fc2.in_features
+        of_head, of_unit = _head_parameters(attention), _unit_parameters(mlp)
+        gone_heads = int(share * heads + 1e-9)
+        rest = share * (heads * of_head + units * of_unit) - gone_heads * of_head
+        _remove_heads(attention, heads - gone_heads)
+        _remove_units(mlp, units - round(rest / of_unit))
     return pruned.eval()
+
+
+def described(before: Classifier, after: Classifier) -> str:
+    """What was removed from every block, in words."""
+    before, after = before.backbone.blocks[0], after.backbone.blocks[0]
+    heads, units = before.attn.num_heads, before.mlp.fc2.in_features
+    return (
+        f"{heads - after.attn.num_heads} of {heads} heads and "
+        f"{units - after.mlp.fc2.in_features} of {units} MLP units of every block removed"
+    )
 
 
 _ATTENTION = (Attention, AttentionRope)
@@ -57,33 +70,52 @@ def _check(part: nn.Module, kinds: tuple[type, ...]) -> None:
         raise Unavailable("no heads or units can be removed where a norm is taken over all of them")
 
 
-def _remove_heads(attention: nn.Module, share: float) -> None:
+def _writers(mlp: nn.Module) -> list[str]:
+    return [name for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
+
+
+def _head_parameters(attention: nn.Module) -> int:
+    """Of one head: its rows of `qkv` and its columns of `proj`."""
+    width, qkv = attention.head_dim, attention.qkv
+    row = qkv.in_features + (qkv.bias is not None)
+    return width * (3 * row + attention.proj.out_features)
+
+
+def _unit_parameters(mlp: nn.Module) -> int:
+    """Of one unit: the rows that write it and its column of `fc2`."""
+    writers = [getattr(mlp, name) for name in _writers(mlp)]
+    written = sum(
+        layer.out_features // mlp.fc2.in_features * (layer.in_features + (layer.bias is not None))
+        for layer in writers
+    )
+    return written + mlp.fc2.out_features
+
+
+def _remove_heads(attention: nn.Module, keep: int) -> None:
     width = attention.head_dim
     written = attention.qkv.weight.unflatten(0, (3, -1, width)).square().sum(dim=(0, 2, 3))
     read = attention.proj.weight.unflatten(1, (-1, width)).square().sum(dim=(0, 2))
-    heads = _strongest(written * read, share)
+    heads = _strongest(written * read, keep)
     columns = (heads[:, None] * width + torch.arange(width)).flatten()
     attention.qkv = _rows(attention.qkv, columns, 3)
     attention.proj = _columns(attention.proj, columns)
     attention.num_heads, attention.attn_dim = len(heads), len(columns)
 
 
-def _remove_units(mlp: nn.Module, share: float) -> None:
-    writers = [name for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
+def _remove_units(mlp: nn.Module, keep: int) -> None:
     units = mlp.fc2.in_features
     strength = mlp.fc2.weight.square().sum(dim=0)
-    for name in writers:
+    for name in _writers(mlp):
         layers = getattr(mlp, name).weight.unflatten(0, (-1, units))  # a packed gate makes two
         strength = strength * layers.square().sum(dim=2).prod(dim=0)
-    strongest = _strongest(strength, share)
-    for name in writers:
+    strongest = _strongest(strength, keep)
+    for name in _writers(mlp):
         layer = getattr(mlp, name)
         setattr(mlp, name, _rows(layer, strongest, layer.out_features // units))
     mlp.fc2 = _columns(mlp.fc2, strongest)
 
 
-def _strongest(strength: Tensor, share: float) -> Tensor:
-    keep = len(strength) - max(1, int(share * len(strength)))
+def _strongest(strength: Tensor, keep: int) -> Tensor:
     return strength.topk(keep).indices.sort().values
 
 

@@ -170,7 +170,7 @@ def latency_against_throughput(summary: pd.DataFrame, title: str) -> Figure:
         xscale="log", yscale="log",
     )  # fmt: skip
     for scale in (axis.xaxis, axis.yaxis):
-        _plain_log(scale)
+        plain_log(scale)
     axis.margins(0.2)
     _family_legend(axis, rows.variant, "lower left")
     titled(figure, title)

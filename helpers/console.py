@@ -71,7 +71,7 @@ class _Lines:
 
     def start(self) -> None:
         """Begin; what is said goes past a notebook's outputs to the terminal of its kernel."""
-        self.done = threading.Event()
+        self.done, self.stream = threading.Event(), sys.stderr  # whatever is silenced later
         self.begin()
         threading.Thread(target=self._run, args=(self.done,), daemon=True).start()
 
@@ -91,13 +91,13 @@ class _Lines:
         while not done.wait(EVERY):
             if self.idle:
                 continue
-            if sys.stderr.isatty() and (bars := _open_bars()):
+            if self.stream.isatty() and (bars := _open_bars()):
                 for bar in bars:
                     bar.refresh()
                 continue
             line = f"{_where()}{time.monotonic() - self.began:.0f} s: {doing()}\n"
             with suppress(OSError):  # a kernel's stderr has the number of the terminal behind it
-                os.write(sys.stderr.fileno(), line.encode())
+                os.write(self.stream.fileno(), line.encode())
 
 
 _lines = _Lines()

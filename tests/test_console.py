@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 
 import nbformat
 import pytest
@@ -50,6 +51,15 @@ def test_a_command_is_silent_afterwards(often, capfd):
     run_command(lambda: None)
     time.sleep(0.2)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tool_that_is_silenced_does_not_silence_the_lines(often, capfd):
+    def main():
+        with open(os.devnull, "w") as nothing, redirect_stderr(nothing):
+            time.sleep(0.3)
+
+    run_command(main)
+    assert ": working" in capfd.readouterr().err
 
 
 def test_bars_on_a_terminal_vanish(monkeypatch, capfd):

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,6 +34,7 @@ def _distilled(source: Source, percent: int) -> Classifier:
     model = copy.deepcopy(source.structured(percent))
     logits, tokens = source.once("taught", lambda: _taught(source))
     processes(source.device)
+    AcceleratorState._reset_state()  # it keeps the precision of a training before
 
     def losses(model, chips: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         own_logits, own_tokens = logits_and_tokens(model, chips)

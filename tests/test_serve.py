@@ -119,12 +119,14 @@ def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_
     pytest.importorskip("ray.serve", reason="requirements-ray.txt is not installed")
 
     def replicas(process):
-        """Numbers of the processes that Ray calls its replicas."""
+        """Numbers of the processes that Ray calls its replicas and that answer its proxy."""
         found = set()
         for child in psutil.Process(process.pid).children(recursive=True):
             with suppress(psutil.Error):
                 if "ray::ServeReplica" in " ".join(child.cmdline()):
-                    found.add(child.pid)
+                    sockets = child.net_connections("tcp4")
+                    if any(s.status == "LISTEN" and s.laddr.ip == "127.0.0.1" for s in sockets):
+                        found.add(child.pid)
         return found
 
     options = ("--engine", "ray", "--replicas", "2", "--threads", "1")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
+from helpers import serve
 from helpers.deployment.batching import Batches
 from helpers.records import ROOT
 from tests.fake_data import make_chip, write_chip
@@ -145,6 +147,26 @@ def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_
         unanswered = [status for status in statuses if status != 200]
         assert len(lost) + len(unanswered) <= CLIENTS
         assert ends_without_loss(process)
+
+
+def test_answers_are_sent_at_once():
+    """Without TCP_NODELAY the second packet of an answer waits for the client's delayed ACK."""
+    found = []
+
+    async def answer(reader, writer):
+        connection = writer.get_extra_info("socket")
+        found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connect():
+        listening = serve._listening("127.0.0.1", 0)
+        async with await asyncio.start_server(answer, sock=listening):
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(connect())
+    assert found and found[0]
 
 
 def test_chips_that_wait_are_predicted_together():

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
@@ -24,6 +25,21 @@ def processes(device: str) -> PartialState:
     if not torch.distributed.is_initialized() and began and began.type != device:
         AcceleratorState._reset_state(reset_partial_state=True)
     return PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+
+
+def fresh_accelerator(device: str, mixed_precision: str = "no", **options: Any) -> Accelerator:
+    """An accelerator of the processes of this run, in this precision.
+
+    Accelerate keeps the first precision of a process; a notebook trains in several.
+
+    Args:
+        device: `cpu` or `cuda`.
+        mixed_precision: Accelerate's word: no, bf16 or fp16.
+        options: others of `Accelerator`.
+    """
+    processes(device)
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed_precision, **options)
 
 
 def several() -> PartialState | None:

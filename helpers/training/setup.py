@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from helpers.data.dataset import ChipData, band_statistics
@@ -16,7 +15,7 @@ from helpers.training.config import RunConfig
 from helpers.training.examples import DIHEDRAL_VIEWS, ChipExamples, decoded
 from helpers.training.features import Features, cached_features
 from helpers.training.loop import FitSettings
-from helpers.training.processes import fast_products, processes
+from helpers.training.processes import fast_products, fresh_accelerator, processes
 
 
 def new_classifier(config: RunConfig, data: ChipData) -> Classifier:
@@ -95,12 +94,9 @@ def fit_settings(config: RunConfig, targets: Tensor) -> FitSettings:
 @contextmanager
 def tracked_accelerator(config: RunConfig) -> Iterator[Accelerator]:
     """Device, precision and processes of a run; its tracker is open until the end."""
-    processes(config.torch_device)
-    # Accelerate keeps the first precision of a process; a notebook trains in several.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=config.torch_device == "cpu",
-        mixed_precision=config.mixed_precision,
+    accelerator = fresh_accelerator(
+        config.torch_device,
+        config.mixed_precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=Path(config.output_path) / "tracking",
     )

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from helpers import InputError
@@ -11,6 +10,7 @@ from helpers.training.examples import FeatureExamples
 from helpers.training.features import Features
 from helpers.training.heads import HeadSweep, fit_heads, sweep
 from helpers.training.loop import FitSettings, fit
+from helpers.training.processes import fresh_accelerator
 from helpers.training.progress import HISTORY_COLUMNS
 
 WIDTH = 4  # of the fake backbone: features have five times as many columns
@@ -39,7 +39,7 @@ def fit_one(learning_rate=0.01, train=None, valid=None, **settings):
         train or FeatureExamples(*fake_examples(90, 0)),
         valid or FeatureExamples(*fake_examples(40, 1)),
         FitSettings(**{"epochs": 12, "patience": 12, "batch_size": 32} | settings),
-        accelerator=Accelerator(cpu=True),
+        accelerator=fresh_accelerator("cpu"),
         report=lambda line: None,
     )
     return head, progress
@@ -167,7 +167,7 @@ def test_a_sweep_gives_each_head_what_it_gets_alone():
             FeatureExamples(train.values, train.targets),
             FeatureExamples(valid.values, valid.targets),
             FitSettings(config.epochs, config.patience, config.batch_size, seed=config.seed),
-            accelerator=Accelerator(cpu=True),
+            accelerator=fresh_accelerator("cpu"),
             report=lambda line: None,
         )
         assert own.best_epoch[0] == progress.best_epoch[i]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,6 +22,7 @@ from helpers.models.files import load_classifier
 from helpers.training import methods, setup
 from helpers.training.examples import ChipExamples, decoded, dihedral
 from helpers.training.loop import FitSettings, Loop, fit
+from helpers.training.processes import fresh_accelerator
 from tests.models.parity import tiny_architectures
 from tests.training.short_run import NUMBERS, config_for, fresh_processes, history_of, run
 
@@ -141,7 +142,7 @@ def fit_linear(model, **settings):
         fake_chips(50, 0),
         fake_chips(20, 1),
         FitSettings(**{"epochs": 3, "patience": 3, "batch_size": 16} | settings),
-        accelerator=Accelerator(cpu=True),
+        accelerator=fresh_accelerator("cpu"),
         report=lambda line: None,
     )
     return progress.history(0)

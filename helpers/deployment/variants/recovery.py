@@ -3,8 +3,6 @@
 import copy
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,7 +11,7 @@ from helpers.deployment.variants.source import Source
 from helpers.models.classifier import Classifier
 from helpers.training.examples import ChipExamples
 from helpers.training.loop import FitSettings, fit
-from helpers.training.processes import processes
+from helpers.training.processes import fresh_accelerator
 from helpers.training.validation import candidate_losses
 
 _LEARNING_RATE = 1e-4
@@ -33,8 +31,6 @@ def recovered(source: Source, percent: int) -> Classifier:
 def _distilled(source: Source, percent: int) -> Classifier:
     model = copy.deepcopy(source.structured(percent))
     logits, tokens = source.once("taught", lambda: _taught(source))
-    processes(source.device)
-    AcceleratorState._reset_state()  # it keeps the precision of a training before
 
     def losses(model, chips: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         own_logits, own_tokens = logits_and_tokens(model, chips)
@@ -53,7 +49,7 @@ def _distilled(source: Source, percent: int) -> Classifier:
         ChipExamples(*source.train),
         ChipExamples(*source.valid),
         FitSettings(source.recovery_epochs, source.recovery_epochs, _BATCH, seed=source.seed),
-        accelerator=Accelerator(cpu=source.device == "cpu"),
+        accelerator=fresh_accelerator(source.device),
         report=lambda line: None,
         losses=losses,
     )

@@ -12,6 +12,7 @@ import re
 import pandas as pd
 
 from helpers.evaluation import comparison
+from helpers.evaluation.baselines import strongest_baseline
 from helpers.evaluation.evidence_records import Evidence, published_evidence
 from helpers.evaluation.seeds import method_gains, method_means, test_draws
 from helpers.metrics import with_group_interval, with_interval
@@ -114,7 +115,7 @@ def headline_of(data_set: Published, name: str) -> tuple:
     means = method_means(runs, draws, ("auroc",)).set_index("method").to_dict("index")
     gains = method_gains(runs, draws)
     gains = gains[gains["first"] == "head_only"].set_index("second").to_dict("index")
-    trivial = max(data_set.baselines.items(), key=lambda item: item[1]["auroc"]["value"])
+    trivial = strongest_baseline(data_set.baselines)
     chips = comparison.first_seed(data_set.runs)["head_only"].record["chips"]["test"]
     return headline_row(name, chips, trivial, means, gains)
 

@@ -35,7 +35,7 @@ from helpers.benchmarking.load_generator import (
     run_scenario,
 )
 from helpers.console import progress_bar
-from helpers.deployment.runtimes import Variant, worker_environment
+from helpers.deployment.runtimes import Variant, process_memory, worker_environment
 
 CONNECTIONS = 32  # requests in flight at once; more wait in the client, which LoadGen counts
 SIZES = (1, STREAMS)  # chips of a request
@@ -125,9 +125,8 @@ class Service:
         return [parent, *parent.children(recursive=True)]
 
     def memory_bytes(self) -> int:
-        """Proportional set size of all; resident size where the system has none."""
-        memory = [process.memory_full_info() for process in self.processes()]
-        return sum(getattr(one, "pss", one.rss) for one in memory)
+        """`runtimes.process_memory` of all."""
+        return sum(map(process_memory, self.processes()))
 
     def cpu_seconds(self) -> float:
         """What all of them have computed so far."""

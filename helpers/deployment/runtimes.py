@@ -276,15 +276,20 @@ class Remote:
         return self._connection.recv()
 
     def memory_bytes(self) -> int:
-        """Proportional set size; resident size where the system has none."""
-        memory = psutil.Process(self._process.pid).memory_full_info()
-        return getattr(memory, "pss", memory.rss)
+        """See `process_memory`."""
+        return process_memory(psutil.Process(self._process.pid))
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.wait()
         self._connection.close()
+
+
+def process_memory(process: psutil.Process) -> int:
+    """Proportional set size in bytes; resident size where the system has none."""
+    memory = process.memory_full_info()
+    return getattr(memory, "pss", memory.rss)
 
 
 @contextmanager

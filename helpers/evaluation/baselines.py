@@ -185,6 +185,11 @@ def read_baseline_predictions(config: TrainingConfig) -> dict[str, pd.DataFrame]
     }
 
 
+def strongest_baseline(entries: dict[str, dict]) -> tuple[str, dict[str, dict[str, float]]]:
+    """The baseline with the highest AUROC, of a record's `test`: its name and metrics."""
+    return max(entries.items(), key=lambda entry: entry[1]["auroc"]["value"])
+
+
 def _baselines_file(config: TrainingConfig) -> Path:
     return Path(config.history_path) / f"baselines_{config.data_name}.json"
 

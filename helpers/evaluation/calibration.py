@@ -47,7 +47,7 @@ class AnswerRule:
 
         An answer is unsure where the conformal set is anything but that class alone.
         """
-        exact = softmax(logits.astype(np.float64) / self.temperature, axis=1)
+        exact = self.calibrated(logits)
         classes = exact.argmax(axis=1)
         if self.threshold != 0.5:
             classes = (exact[:, 1] >= self.threshold).astype(classes.dtype)
@@ -56,6 +56,10 @@ class AnswerRule:
             members = 1 - exact <= self.quantile
             unsure = (members.sum(axis=1) != 1) | ~members[np.arange(len(logits)), classes]
         return exact.astype(np.float32), classes, unsure
+
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (N, classes) -> probabilities (N, classes) float64, before any rounding."""
+        return softmax(logits.astype(np.float64) / self.temperature, axis=1)
 
 
 def read_validation(path: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -366,10 +366,3 @@ def _paired(run: Run) -> Run:
     """A run's test predictions of the chips that have a pair."""
     chips = run.test_predictions
     return replace(run, predictions=chips[chips.pair >= 0].reset_index(drop=True))
-
-
-def best_trivial(evidence: Evidence) -> tuple[str, dict[str, dict[str, float]]]:
-    """The strongest baseline by AUROC, and its metrics."""
-    entries = evidence.record["baselines"]
-    name = max(entries, key=lambda name: entries[name]["auroc"]["value"])
-    return name, entries[name]

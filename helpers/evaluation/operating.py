@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
 from scipy.stats import binomtest
 
 from helpers import InputError
@@ -74,7 +73,7 @@ def coverage_table(
             )
         except InputError:  # too few validation chips
             continue
-        probabilities = softmax(logits / rule.temperature, axis=1)
+        probabilities = rule.calibrated(logits)
         covered = 1 - probabilities[np.arange(len(targets)), targets] <= rule.quantile
         interval = binomtest(int(covered.sum()), len(covered)).proportion_ci()
         _, classes, unsure = rule(logits)

@@ -12,7 +12,11 @@ from helpers.benchmarking.limits import energy_meter
 from helpers.deployment.mapping import MapConfig
 from helpers.deployment.scoring import PredictConfig
 from helpers.deployment.variants.source import REFERENCE
-from helpers.evaluation.baselines import read_baseline_predictions, read_baselines
+from helpers.evaluation.baselines import (
+    read_baseline_predictions,
+    read_baselines,
+    strongest_baseline,
+)
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
 from helpers.evaluation.robustness import (
     ACQUISITION_ALONE,
@@ -87,14 +91,13 @@ def _blocks_answer(by_blocks: dict[tuple[str, int], Run]) -> str:
 
 
 def _head_answer(config: TrainingConfig, runs: dict, draws: dict) -> str:
-    trivial = read_baselines(config)["test"]
-    name = max(trivial, key=lambda name: trivial[name]["auroc"]["value"])
+    name, trivial = strongest_baseline(read_baselines(config)["test"])
     baseline = test_draws(read_baseline_predictions(config)[name])
     head = [of_run for (method, _), of_run in draws.items() if method == "head_only"]
     return head_answer(
         method_means(runs, draws, ("accuracy", "auroc")),
         name,
-        trivial[name]["auroc"]["value"],
+        trivial["auroc"]["value"],
         gain_over(baseline, head),
     )
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from helpers.evaluation.evidence_records import Evidence, best_trivial
+from helpers.evaluation.baselines import strongest_baseline
+from helpers.evaluation.evidence_records import Evidence
 from helpers.evaluation.task import REFERENCE
 from helpers.metrics import with_group_interval, with_interval
 from helpers.reporting.answers import in_a_word, signed
@@ -97,7 +98,9 @@ def headline_table(found: dict[str, Evidence], others: dict[str, tuple]) -> str:
         means = {row["method"]: row for row in _summary(evidence, "means", metric="auroc")}
         gains = {method: auroc_gain(evidence, method) for method in means}
         chips = evidence.record["chips"]["test"]
-        rows[name] = headline_row(_name(evidence), chips, best_trivial(evidence), means, gains)
+        rows[name] = headline_row(
+            _name(evidence), chips, strongest_baseline(evidence.record["baselines"]), means, gains
+        )
     header = ("task, by the backbone", "test chips", "strongest trivial", *HEADLINE.values())
     return markdown(header, list(rows.values()))
 
@@ -107,7 +110,7 @@ def tasks_table(found: dict[str, Evidence]) -> str:
     lines = []
     for evidence in found.values():
         record = evidence.record
-        name, trivial = best_trivial(evidence)
+        name, trivial = strongest_baseline(record["baselines"])
         cells = [with_group_interval(trivial[metric]) for metric in ("accuracy", "auroc")]
         lines.append((_name(evidence), name, *cells, *"------"))
         for method in methods_of(evidence):
@@ -206,7 +209,7 @@ def ranks_table(found: dict[str, Evidence]) -> str:
 
 def compares_bands(evidence: Evidence) -> bool:
     """Whether the rows of a task differ in their bands: then they are no table of methods."""
-    rows = evidence.record["settings"].get("methods", {})
+    rows = evidence.record["settings"]["methods"]
     return any("bands" in row["changes"] for row in rows.values())
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from helpers.reporting.plots import PAGE, PALETTE, titled
+from helpers.reporting.plots import PAGE, PALETTE, bars, titled
 
 
 def answer_curves(
@@ -30,9 +30,8 @@ def answer_curves(
         for (column, label), colour in zip(lines, PALETTE, strict=False):
             axis.plot(thresholds.threshold, thresholds[column], color=colour, label=label)
         axis.set(xlabel="threshold of the positive class", ylabel="test chips")
-    bars = [coverage.coverage - coverage.low, coverage.high - coverage.coverage]
-    last.errorbar(coverage.error_rate, coverage.coverage, bars, fmt="o-", capsize=3,
-                  color=PALETTE[0], label="class in the set, 95 % interval")  # fmt: skip
+    last.errorbar(coverage.error_rate, coverage.coverage, bars(coverage, "coverage"), fmt="o-",
+                  capsize=3, color=PALETTE[0], label="class in the set, 95 % interval")  # fmt: skip
     last.plot(coverage.error_rate, 1 - coverage.error_rate, ":", color="0.4", label="asked for")
     for column, colour in (("unsure", PALETTE[1]), ("wrong", PALETTE[2])):
         label = {"unsure": "unsure", "wrong": "wrong, of the answers"}[column]

@@ -31,10 +31,10 @@ _GAIN = 1.05  # below it noise would decide, and fp32 is exact
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def fastest(seconds: dict[str, float]) -> str:
-    """The precision to take, from the seconds of a step in each; fp32 unless one clearly gains."""
+def fastest(seconds: dict[str, float], default: str = "fp32") -> str:
+    """What to take, by the seconds of a step; the default unless another clearly gains."""
     best = min(seconds, key=seconds.get)
-    return best if seconds["fp32"] >= _GAIN * seconds[best] else "fp32"
+    return best if seconds[default] >= _GAIN * seconds[best] else default
 
 
 def measured(

@@ -71,7 +71,7 @@ def made(name="farms", seen=False, gain=(0.03, 0.01, 0.05), valid=(0.8, 0.9), un
         "shapes": [], "shape_gains": [],
     }  # fmt: skip
     settings = {"title": "farms or none", "seen": seen, "seen_note": "none.", "fractions": [0.25],
-                "shapes": {},
+                "methods": {}, "shapes": {},
                 "citation": "Somebody (2020).", "licence": "MIT."}  # fmt: skip
     record = {
         "task": name, "settings": settings, "places": {"test": 12}, "backbone": "tiny",

@@ -51,6 +51,7 @@ from helpers.deployment.variants.torch import (
     build_pure,
     build_torchao,
 )
+from helpers.training.precision import fastest
 
 Builder = Callable[[Source], Variant]
 
@@ -132,7 +133,6 @@ busy moment decides."""
 NOTICEABLE = 0.2
 _TRIAL = 8  # chips: what emulated arithmetic costs shows in batches first
 _ROUNDS = 8  # of a batch in each layout
-_GAIN = 1.05  # below it noise would decide
 
 
 def build_variants(
@@ -203,9 +203,8 @@ def _laid_out(
     forms = [replace(variant, options=variant.options | {"batches": name}) for name in layouts]
     loaded = [(form, load(form, threads, device)) for form in forms]
     rounds = [[_seconds(predict, chips) for _, predict in loaded] for _ in range(_ROUNDS)]
-    seconds = np.min(rounds[1:], axis=0)  # the first compiles
-    best = int(seconds.argmin())
-    return loaded[best if seconds[0] >= _GAIN * seconds[best] else 0]
+    seconds = dict(zip(layouts, np.min(rounds[1:], axis=0), strict=True))  # the first compiles
+    return loaded[layouts.index(fastest(seconds, default=layouts[0]))]
 
 
 def _seconds(predict: Predict, chips: np.ndarray) -> float:

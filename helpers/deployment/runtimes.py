@@ -198,11 +198,23 @@ def _load_onnxruntime(variant: Variant, threads: int, device: str) -> Predict:
     return lambda chips: session.run(None, {"chips": chips})[0]
 
 
-def _load_openvino(variant: Variant, threads: int, device: str) -> Predict:
+@cache
+def openvino_core():
+    """The one `openvino.Core` of this process.
+
+    On CPUs with AMX or AVX-512 each Core's CPU plugin sets an alternative stack for signals and,
+    when the Core ends, restores that of the Core before. Where they do not end in the reverse
+    order of their beginning, the process keeps a stack that is freed and dies by the next signal
+    that Python handles, such as Ctrl-C.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def _load_openvino(variant: Variant, threads: int, device: str) -> Predict:
     weights, graph = (variant.folder / name for name in variant.files)
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(gzip.decompress(graph.read_bytes()), weights.read_bytes())
 
     # A graph of its own for single chips, compiled when one comes: 1.4 times as fast (ViT-Ti,

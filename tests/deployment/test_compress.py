@@ -1,8 +1,13 @@
 """Variants: built from one classifier, each checked against it."""
 
 import copy
+import gc
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -225,6 +230,28 @@ def test_a_batch_laid_out_over_streams_has_the_same_answers_in_order(source, bui
     )
     np.testing.assert_allclose(streams(chips), whole(chips), atol=1e-5)
     np.testing.assert_allclose(streams(chips[::-1].copy()), whole(chips)[::-1], atol=1e-5)
+
+
+def _signal_after(variant, chips):
+    """What a process does: drop two loaded variants in the order of their loading, then signal."""
+    first, second = (runtimes.load(variant, threads=1) for _ in range(2))
+    first(chips), second(chips)
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+
+
+def test_a_signal_after_variants_are_dropped_does_not_end_the_process(source, built):
+    """On CPUs with AVX-512 it did (see `openvino_core`)."""
+    arguments = built[0]["openvino_fp32"], source.train[0][:1].numpy()
+    process = multiprocessing.get_context("spawn").Process(target=_signal_after, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_the_layout_of_batches_is_the_one_that_answers_soonest_and_is_named(

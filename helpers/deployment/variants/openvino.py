@@ -4,7 +4,7 @@ import gzip
 import os
 from pathlib import Path
 
-from helpers.deployment.runtimes import Variant
+from helpers.deployment.runtimes import Variant, openvino_core
 from helpers.deployment.variants.source import Source
 from helpers.deployment.variants.structure import Unavailable
 
@@ -29,9 +29,7 @@ def _openvino_variant(
 
 
 def _read(path: Path):
-    import openvino
-
-    return openvino.Core().read_model(path)
+    return openvino_core().read_model(path)
 
 
 def build_openvino_fp32(source: Source) -> Variant:
@@ -50,9 +48,7 @@ def build_openvino_bf16(source: Source) -> Variant:
 
 
 def _require_bf16() -> None:
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise Unavailable("this CPU has no bf16 instructions")
 
 

@@ -25,6 +25,7 @@ from helpers.console import progress_bar
 from helpers.records import peak_memory_bytes
 from helpers.training.checkpoints import Checkpoint
 from helpers.training.examples import ChipExamples, FeatureExamples, beside_the_model
+from helpers.training.precision import attention_precision
 from helpers.training.processes import moved
 from helpers.training.progress import Progress
 from helpers.training.validation import by_candidate, candidate_losses, predict, validated
@@ -324,7 +325,8 @@ class Loop:
         targets = self.train.targets[rows]
         weights, targets = (moved(tensor, device) for tensor in (self.weights[targets], targets))
         mark("data")
-        logits, losses = self.losses(self.model, inputs, targets, rows)
+        with attention_precision(device.type, self.accelerator.mixed_precision):
+            logits, losses = self.losses(self.model, inputs, targets, rows)
         mark("forward")
         # Processes average their gradients, so each scales its sum by their number.
         scale = self.accelerator.num_processes / total

@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ from statistics import median
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from helpers.models.adapters import AdapterSettings, add_adapter
 from helpers.models.backbones import build_backbone
@@ -29,6 +31,27 @@ _START_SECONDS = 0.3  # unless that was the time to load what a first step needs
 _GAIN = 1.05  # below it noise would decide, and fp32 is exact
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Fp32Attention(TorchFunctionMode):
+    """Attention in fp32 where autocast would take bf16; all else stays as autocast has it.
+
+    On a CPU without AMX the backward pass of PyTorch 2.11's attention takes longer in bf16 than in
+    fp32 (`reports/log.md`, 2026-11-30).
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Call `func`; queries, keys and values of an attention (.., N, D) are made fp32 first."""
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs or {})
+        query, key, value = (tensor.float() for tensor in args)
+        with torch.autocast("cpu", enabled=False):
+            return func(query, key, value, **kwargs or {}).to(args[0].dtype)
+
+
+def attention_precision(device: str, precision: str) -> AbstractContextManager:
+    """What the forward pass of a training step in `precision` stands in."""
+    return Fp32Attention() if (device, precision) == ("cpu", "bf16") else nullcontext()
 
 
 def fastest(seconds: dict[str, float], default: str = "fp32") -> str:
@@ -150,7 +173,8 @@ def _step(timed: LoraStep) -> Callable[[str], None]:
     chips = torch.zeros(timed.batch_size, bands, size, size, dtype=torch.uint8, device=device)
 
     def step(precision: str, images: int = timed.batch_size) -> None:
-        with torch.autocast(device, _DTYPES[precision], enabled=precision != "fp32"):
+        autocast = torch.autocast(device, _DTYPES[precision], enabled=precision != "fp32")
+        with autocast, attention_precision(device, precision):
             logits = (low if precision == "bf16" else model)(chips[:images])
         functional.cross_entropy(logits.float(), logits.argmax(dim=1)).backward()
         if device == "cuda":

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from helpers import InputError
 from helpers.training import jobs, precision
 from helpers.training.config import RunConfig
-from helpers.training.precision import LoraStep, fastest, measured, step_seconds
+from helpers.training.precision import Fp32Attention, LoraStep, fastest, measured, step_seconds
 from tests.training.short_run import config_for, run
 
 STEP, PRECISIONS = LoraStep("example", 28, 3, ("qkv",), 4, "cpu"), ["fp32", "bf16"]
@@ -88,6 +90,34 @@ def test_auto_is_what_was_measured(tmp_path, monkeypatch):
         monkeypatch.setattr(precision, "measured", lambda *_, s=seconds: {"fp32": 2.0, "bf16": s})
         assert config.resolved().precision == expected
         (tmp_path / "precision.json").unlink()
+
+
+class AttentionDtypes(TorchFunctionMode):
+    """What attention is asked to compute with, of inputs that need a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.scaled_dot_product_attention and torch.is_grad_enabled():
+            self.found |= {tensor.dtype for tensor in args}
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_trains_in_fp32(chips_folder, tmp_path, precision):
+    with AttentionDtypes() as dtypes:
+        run(config_for(chips_folder, tmp_path, precision=precision, epochs=1))
+    assert dtypes.found == {torch.float32}
+
+
+def test_attention_in_fp32_is_that_of_fp32_in_the_precision_of_its_inputs():
+    inputs = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Fp32Attention():
+        found = functional.scaled_dot_product_attention(*inputs, scale=0.3)
+    expected = functional.scaled_dot_product_attention(*inputs.float(), scale=0.3)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
 
 
 def test_a_finished_run_stays_finished_when_another_precision_is_measured(

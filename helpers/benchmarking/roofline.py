@@ -7,6 +7,7 @@ import pandas as pd
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.limits import flops_per_image
 from helpers.deployment.runtimes import Variant
+from helpers.deployment.variants.source import Removal
 
 
 def roofline(
@@ -52,5 +53,5 @@ def roofline(
 
 def _flops(bench: Bench, variant: Variant) -> int:
     percent = variant.options.get("removed_percent")
-    narrowed = percent and bench.source.structured(percent)
+    narrowed = percent and bench.source.structured(Removal(percent))
     return flops_per_image(narrowed or bench.source.classifier)

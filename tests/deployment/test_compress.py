@@ -29,7 +29,15 @@ from tests.models.parity import tiny_architectures, tiny_classifier
 NEEDS_GPU = {"int4_weights", "sparse_2_4"}
 MAY_BE_MISSING = NEEDS_GPU | {"openvino_bf16", "openvino_int8_bf16"}  # some CPUs have no bf16
 # The other shares differ in a number.
-BUILT = (*build.DEFAULT, "openvino_int8_unsmoothed", "openvino_int8_bf16", "structured_60")
+BUILT = (
+    *build.DEFAULT,
+    "openvino_int8_unsmoothed",
+    "openvino_int8_bf16",
+    "structured_60",
+    "structured_40_taylor",
+    "structured_40_taylor_recovered",
+    "structured_40_taylor_int8",
+)
 # Mean difference of logits to the reference, relative to their mean size. (The largest of a few
 # differences would be one draw: int8's lay between 0.16 and 0.23 with other calibration chips.)
 TOLERANCE = {
@@ -197,9 +205,10 @@ def test_variants_of_every_kind_of_block(kind, tmp_path):
     assert variants["structured_40"].bytes_on_disk < 0.8 * variants["eager_fp32"].bytes_on_disk
 
 
-def test_every_step_of_the_ladder_is_a_form_made_of_the_one_before(built, logits):
+@pytest.mark.parametrize("start", ["structured_40", "structured_40_taylor"])
+def test_every_step_of_the_ladder_is_a_form_made_of_the_one_before(start, built, logits):
     """Fewer heads and units, taught again, quantized: each has files and answers of its own."""
-    pruned, taught, int8 = (f"structured_40{step}" for step in ("", "_recovered", "_int8"))
+    pruned, taught, int8 = (f"{start}{step}" for step in ("", "_recovered", "_int8"))
     assert not np.array_equal(logits[pruned], logits[taught])
     difference = np.abs(logits[int8] - logits[taught]).mean() / np.abs(logits[taught]).mean()
     assert 0 < difference <= TOLERANCE["openvino_int8"]
@@ -210,6 +219,8 @@ def test_every_step_of_the_ladder_is_a_form_made_of_the_one_before(built, logits
     assert variants[taught].options["costs_as"] == pruned
     assert "1 of 3 heads and 333 of 768 MLP units" in table.made[int8]
     assert "1 epoch of distillation" in table.made[int8]
+    assert ("Taylor" in table.made[int8]) == ("taylor" in start)
+    assert not np.array_equal(logits["structured_40"], logits["structured_40_taylor"])
 
 
 def test_int8_without_smoothing_and_with_bf16_are_forms_of_their_own(built, logits):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ from helpers.deployment.variants.pruning import (
     build_structured_int8,
     build_unstructured,
 )
-from helpers.deployment.variants.source import CONTROL, REFERENCE, STRUCTURED, Source
+from helpers.deployment.variants.source import CONTROL, REFERENCE, STRUCTURED, Removal, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.deployment.variants.torch import (
     build_autocast,
@@ -65,13 +66,13 @@ def _int8_steps(start: str, build: Callable[..., Variant], *given) -> dict[str, 
     return {name: partial(build, name, *given, **options) for name, options in names.items()}
 
 
-def _structured_steps(percent: int) -> dict[str, Builder]:
+def _structured_steps(removal: Removal) -> dict[str, Builder]:
     """From fp32 to int8 by way of fewer heads and units: every step a form of its own."""
-    name = f"structured_{percent}"
+    name = removal.name
     return {
-        name: partial(build_structured, percent),
-        f"{name}_recovered": partial(build_recovered, percent),
-        **_int8_steps(name, build_structured_int8, percent),
+        name: partial(build_structured, removal),
+        f"{name}_recovered": partial(build_recovered, removal),
+        **_int8_steps(name, build_structured_int8, removal),
     }
 
 
@@ -121,8 +122,8 @@ DEFAULT = (
 """What is built where no names are given: of the steps below one way up."""
 
 BUILDERS |= _int8_steps("openvino", build_openvino_int8)
-for _percent in STRUCTURED:
-    BUILDERS |= _structured_steps(_percent)
+for _percent, _taylor in product(STRUCTURED, (False, True)):
+    BUILDERS |= _structured_steps(Removal(_percent, _taylor))
 
 
 TOO_SLOW = 4

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from helpers.deployment.runtimes import Variant, block_layers
 from helpers.deployment.variants.openvino import build_openvino_int8
 from helpers.deployment.variants.recovery import recovered
-from helpers.deployment.variants.source import REFERENCE, Source
+from helpers.deployment.variants.source import REFERENCE, Removal, Source
 from helpers.deployment.variants.structure import Unavailable, described
 
 
@@ -24,45 +24,50 @@ def build_unstructured(percent: int, source: Source) -> Variant:
     return source.torch_variant(f"pruned_{percent}", made, model, costs_as=REFERENCE)
 
 
-def build_structured(percent: int, source: Source) -> Variant:
+def build_structured(removal: Removal, source: Source) -> Variant:
     """A share of the parameters of heads and MLP units removed."""
-    model = source.structured(percent)
-    made = described(source.classifier, model)
-    return source.torch_variant(f"structured_{percent}", made, model, removed_percent=percent)
+    model, made = source.structured(removal), _removed(removal, source)
+    return source.torch_variant(removal.name, made, model, removed_percent=removal.percent)
 
 
-def build_recovered(percent: int, source: Source) -> Variant:
+def build_recovered(removal: Removal, source: Source) -> Variant:
     """The same, distilled afterwards."""
-    name = f"structured_{percent}"
-    options = {"removed_percent": percent, "costs_as": name}
-    model = recovered(source, percent)
-    return source.torch_variant(f"{name}_recovered", _made(percent, source), model, **options)
+    options = {"removed_percent": removal.percent, "costs_as": removal.name}
+    model, made = recovered(source, removal), _taught(removal, source)
+    return source.torch_variant(f"{removal.name}_recovered", made, model, **options)
 
 
-def build_structured_int8(name: str, percent: int, source: Source, **options) -> Variant:
+def build_structured_int8(name: str, removal: Removal, source: Source, **options) -> Variant:
     """The same in int8; options are those of `build_openvino_int8`."""
     source.check_exported()
     narrow = source.once(
-        f"source_of_{percent}",
+        f"source_of_{removal.name}",
         lambda: replace(
             source,
-            classifier=recovered(source, percent),
-            graph=f"structured_{percent}.onnx",
+            classifier=recovered(source, removal),
+            graph=f"{removal.name}.onnx",
             kept={},
         ),
     )
     variant = build_openvino_int8(name, narrow, **options)
     return replace(
         variant,
-        made=f"{_made(percent, source)}, then {variant.made}",
-        options=variant.options | {"removed_percent": percent},
+        made=f"{_taught(removal, source)}, then {variant.made}",
+        options=variant.options | {"removed_percent": removal.percent},
     )
 
 
-def _made(percent: int, source: Source) -> str:
-    removed = described(source.classifier, source.structured(percent))
+def _removed(removal: Removal, source: Source) -> str:
+    by = ", the loss (Taylor) says which" if removal.taylor else ""
+    return described(source.classifier, source.structured(removal)) + by
+
+
+def _taught(removal: Removal, source: Source) -> str:
     epochs = f"{source.recovery_epochs} epoch{'s' if source.recovery_epochs > 1 else ''}"
-    return f"{removed}, then {epochs} of distillation from the classifier on the training chips"
+    return (
+        f"{_removed(removal, source)}, then {epochs} of distillation from the classifier on the "
+        "training chips"
+    )
 
 
 def build_sparse_2_4(source: Source) -> Variant:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from helpers.console import progress_bar
-from helpers.deployment.variants.source import Source
+from helpers.deployment.variants.source import Removal, Source
 from helpers.models.classifier import Classifier
 from helpers.training.examples import ChipExamples
 from helpers.training.loop import FitSettings, fit
@@ -18,18 +18,18 @@ _LEARNING_RATE = 1e-4
 _BATCH = 32
 
 
-def recovered(source: Source, percent: int) -> Classifier:
+def recovered(source: Source, removal: Removal) -> Classifier:
     """The structurally pruned classifier, taught by the whole one; made once for all variants.
 
     Its loss is the cross entropy to the labels, the Kullback-Leibler divergence from the
     classifier's probabilities to its own, and the squared difference of the tokens that the last
     norm leaves, relative to their size. The classifier answers every training chip once.
     """
-    return source.once(f"structured_{percent}_recovered", lambda: _distilled(source, percent))
+    return source.once(f"{removal.name}_recovered", lambda: _distilled(source, removal))
 
 
-def _distilled(source: Source, percent: int) -> Classifier:
-    model = copy.deepcopy(source.structured(percent))
+def _distilled(source: Source, removal: Removal) -> Classifier:
+    model = copy.deepcopy(source.structured(removal))
     logits, tokens = source.once("taught", lambda: _taught(source))
 
     def losses(model, chips: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from helpers.deployment.runtimes import Variant
-from helpers.deployment.variants.structure import Unavailable, remove_heads_and_units
+from helpers.deployment.variants.importance import taylor_terms, weight_norms
+from helpers.deployment.variants.structure import Importance, Unavailable, remove_heads_and_units
 from helpers.models.classifier import Classifier
 from helpers.models.export import export_onnx
 from helpers.records import written_whole
@@ -31,6 +32,24 @@ STRUCTURED = (25, 40, 50, 60)
 """Percent of the parameters of heads and MLP units that structured pruning removes."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Which heads and MLP units structured pruning removes.
+
+    Args:
+        percent: of their parameters.
+        taylor: the least important by `taylor_terms` on the training chips, not by `weight_norms`.
+    """
+
+    percent: int
+    taylor: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the form that lacks them, and how the names of those that are made of it begin."""
+        return f"structured_{self.percent}{'_taylor' if self.taylor else ''}"
 
 
 @dataclass
@@ -97,11 +116,20 @@ class Source:
         quant_pre_process(self.onnx, path)
         return path
 
-    def structured(self, percent: int) -> Classifier:
-        """The classifier without that share of the parameters of its heads and MLP units."""
-        return self.once(
-            f"structured_{percent}", lambda: remove_heads_and_units(self.classifier, percent / 100)
-        )
+    def structured(self, removal: Removal) -> Classifier:
+        """The classifier without these heads and MLP units."""
+
+        def removed() -> Classifier:
+            if removal.taylor:
+                importance = self.once("taylor", self._taylor_terms)
+            else:
+                importance = weight_norms(self.classifier)
+            return remove_heads_and_units(self.classifier, removal.percent / 100, importance)
+
+        return self.once(removal.name, removed)
+
+    def _taylor_terms(self) -> Importance:
+        return taylor_terms(self.classifier, *self.train, self.device)
 
     def torch_variant(
         self, name: str, made: str, model: nn.Module, precision: str = "fp32", **options

@@ -1,4 +1,4 @@
-"""A classifier without its weakest heads and MLP units."""
+"""A classifier without some of its heads and MLP units."""
 
 import copy
 
@@ -13,37 +13,51 @@ class Unavailable(Exception):
     """This machine, model or installation cannot give a variant; the message is the reason."""
 
 
-def remove_heads_and_units(classifier: Classifier, share: float) -> Classifier:
-    """A copy without the weakest heads and MLP units of every block.
+Importance = list[tuple[Tensor, Tensor]]
+"""Of every block: of its heads (heads,) and of its MLP units (units,). See `importance.py`."""
 
-    A head is as strong as the columns of `proj` that read it times the rows of `qkv` that write
-    it, a unit as the column of `fc2` times the rows that write it, of gated MLPs both the gate's
-    and the value's (L2 norms). Every block loses the same number, so that all stay alike.
+
+def remove_heads_and_units(
+    classifier: Classifier, share: float, importance: Importance
+) -> Classifier:
+    """A copy without the least important heads and MLP units of every block.
+
+    Every block loses the same number, so that all stay alike.
 
     Args:
-        classifier: any whose attention and MLPs are of kinds whose parts stand side by side.
+        classifier: any that `attention_and_mlp` takes.
         share: of the parameters of heads and units. That share of the heads goes, rounded down,
             and as many units as make up the rest.
-
-    Raises:
-        Unavailable: other kinds.
+        importance: of the heads and units.
     """
-    if getattr(classifier.backbone, "rope_mixed", False):
-        raise Unavailable("no heads can be removed where each has a rotary embedding of its own")
     pruned = copy.deepcopy(classifier)
-    for block in pruned.backbone.blocks:
-        attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        _check(attention, _ATTENTION)
-        _check(mlp, _MLPS)
-        if attention.qkv is None or attention.gate is not None:
-            raise Unavailable("no heads can be removed where qkv is not one layer, or gated")
+    blocks = attention_and_mlp(pruned)
+    for (attention, mlp), (of_heads, of_units) in zip(blocks, importance, strict=True):
         heads, units = attention.num_heads, mlp.fc2.in_features
         of_head, of_unit = _head_parameters(attention), _unit_parameters(mlp)
         gone_heads = int(share * heads + 1e-9)
         rest = share * (heads * of_head + units * of_unit) - gone_heads * of_head
-        _remove_heads(attention, heads - gone_heads)
-        _remove_units(mlp, units - round(rest / of_unit))
+        _keep_heads(attention, _largest(of_heads, heads - gone_heads))
+        _keep_units(mlp, _largest(of_units, units - round(rest / of_unit)))
     return pruned.eval()
+
+
+def attention_and_mlp(classifier: Classifier) -> list[tuple[nn.Module, nn.Module]]:
+    """Attention and MLP of every block.
+
+    Raises:
+        Unavailable: they are not of kinds whose heads and units stand side by side.
+    """
+    if getattr(classifier.backbone, "rope_mixed", False):
+        raise Unavailable("no heads can be removed where each has a rotary embedding of its own")
+    blocks = classifier.backbone.blocks
+    found = [(getattr(block, "attn", None), getattr(block, "mlp", None)) for block in blocks]
+    for attention, mlp in found:
+        _check(attention, _ATTENTION)
+        _check(mlp, _MLPS)
+        if attention.qkv is None or attention.gate is not None:
+            raise Unavailable("no heads can be removed where qkv is not one layer, or gated")
+    return found
 
 
 def described(before: Classifier, after: Classifier) -> str:
@@ -70,8 +84,9 @@ def _check(part: nn.Module, kinds: tuple[type, ...]) -> None:
         raise Unavailable("no heads or units can be removed where a norm is taken over all of them")
 
 
-def _writers(mlp: nn.Module) -> list[str]:
-    return [name for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
+def writers(mlp: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that write an MLP's units; of gated MLPs the gate's is one of them."""
+    return {name: getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)}
 
 
 def _head_parameters(attention: nn.Module) -> int:
@@ -83,40 +98,30 @@ def _head_parameters(attention: nn.Module) -> int:
 
 def _unit_parameters(mlp: nn.Module) -> int:
     """Of one unit: the rows that write it and its column of `fc2`."""
-    writers = [getattr(mlp, name) for name in _writers(mlp)]
     written = sum(
         layer.out_features // mlp.fc2.in_features * (layer.in_features + (layer.bias is not None))
-        for layer in writers
+        for layer in writers(mlp).values()
     )
     return written + mlp.fc2.out_features
 
 
-def _remove_heads(attention: nn.Module, keep: int) -> None:
+def _keep_heads(attention: nn.Module, heads: Tensor) -> None:
     width = attention.head_dim
-    written = attention.qkv.weight.unflatten(0, (3, -1, width)).square().sum(dim=(0, 2, 3))
-    read = attention.proj.weight.unflatten(1, (-1, width)).square().sum(dim=(0, 2))
-    heads = _strongest(written * read, keep)
     columns = (heads[:, None] * width + torch.arange(width)).flatten()
     attention.qkv = _rows(attention.qkv, columns, 3)
     attention.proj = _columns(attention.proj, columns)
     attention.num_heads, attention.attn_dim = len(heads), len(columns)
 
 
-def _remove_units(mlp: nn.Module, keep: int) -> None:
-    units = mlp.fc2.in_features
-    strength = mlp.fc2.weight.square().sum(dim=0)
-    for name in _writers(mlp):
-        layers = getattr(mlp, name).weight.unflatten(0, (-1, units))  # a packed gate makes two
-        strength = strength * layers.square().sum(dim=2).prod(dim=0)
-    strongest = _strongest(strength, keep)
-    for name in _writers(mlp):
-        layer = getattr(mlp, name)
-        setattr(mlp, name, _rows(layer, strongest, layer.out_features // units))
-    mlp.fc2 = _columns(mlp.fc2, strongest)
+def _keep_units(mlp: nn.Module, units: Tensor) -> None:
+    for name, layer in writers(mlp).items():
+        layers = layer.out_features // mlp.fc2.in_features  # a packed gate makes two
+        setattr(mlp, name, _rows(layer, units, layers))
+    mlp.fc2 = _columns(mlp.fc2, units)
 
 
-def _strongest(strength: Tensor, keep: int) -> Tensor:
-    return strength.topk(keep).indices.sort().values
+def _largest(importance: Tensor, keep: int) -> Tensor:
+    return importance.topk(keep).indices.sort().values
 
 
 def _rows(layer: nn.Linear, rows: Tensor, layers: int) -> nn.Linear:

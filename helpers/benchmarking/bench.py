@@ -59,7 +59,9 @@ class BenchmarkConfig(Places):
         (1, 8, 32), min_length=1, description="chips per prediction, ascending"
     )
     latency_samples: tuple[PositiveInt, ...] = Field(
-        (30, 5, 5), description="timed predictions of every variant, one number per batch size"
+        (30, 5, 5),
+        description="least timed predictions of every variant, one number per batch size; more "
+        "until its ratio to the reference is certain to 5 %",
     )
     percentiles: tuple[float, ...] = Field(
         (50.0, 90.0), description="of latency; shown where the samples carry them"

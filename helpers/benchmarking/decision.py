@@ -3,12 +3,11 @@
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from helpers.benchmarking.latency import noise
+from helpers.benchmarking.latency import beyond_noise
 from helpers.benchmarking.quality import passing, worst_rows
-from helpers.deployment.variants.source import CONTROL, REFERENCE
+from helpers.deployment.variants.source import REFERENCE
 
 if TYPE_CHECKING:
     from helpers.benchmarking.benchmark import Benchmark
@@ -28,20 +27,25 @@ def summarise(benchmark: "Benchmark") -> pd.DataFrame:
     Beside the columns of `build_variants`: those of `measure_quality` on the test split, of several
     batch sizes the one that loses most; accuracy and points lost on the validation split with
     `valid_` before their names; `passes_gate`; `p50_ms` at the smallest batch, `images_per_s` and
-    `speedup` at the batch size that is best for the variant, `loaded_mib`, `peak_mib` (largest
-    batch; on a GPU that of its memory) and `cold_start_s` (process start to the first prediction).
+    `speedup` at the batch size that is best for the variant, the first two with `_low` and `_high`
+    (95 % relative to the reference, see `latency_table`); `loaded_mib`, `peak_mib` (largest batch;
+    on a GPU that of its memory) and `cold_start_s` (process start to the first prediction).
     What computes the same as another variant has the other's costs, named in `costs_as`.
     """
     sizes, latency, memory = benchmark.config.batch_sizes, benchmark.latency, benchmark.memory
-    single = latency[latency.batch_size == min(sizes)].set_index("variant").p50_ms
-    best = latency.groupby("variant").images_per_s.max()
+    single = latency[latency.batch_size == min(sizes)].set_index("variant")
+    best = latency.loc[latency.groupby("variant").images_per_s.idxmax()].set_index("variant")
     gpu = "gpu_" if benchmark.bench.device == "cuda" else ""
     memory = memory.set_index("variant")
     costs = pd.DataFrame(
         {
-            "p50_ms": single,
-            "images_per_s": best,
-            "speedup": best / best[REFERENCE],
+            "p50_ms": single.p50_ms,
+            "p50_ms_low": single.p50_ms * single.speedup / single.speedup_high,
+            "p50_ms_high": single.p50_ms * single.speedup / single.speedup_low,
+            "images_per_s": best.images_per_s,
+            "images_per_s_low": best.images_per_s * best.speedup_low / best.speedup,
+            "images_per_s_high": best.images_per_s * best.speedup_high / best.speedup,
+            "speedup": best.images_per_s / best.images_per_s[REFERENCE],
             "loaded_mib": memory.loaded_bytes / 2**20,
             "peak_mib": memory[f"{gpu}peak_bytes_{max(sizes)}"] / 2**20,
             "cold_start_s": memory.start_s + memory.load_s + memory.first_prediction_s,
@@ -59,42 +63,43 @@ def summarise(benchmark: "Benchmark") -> pd.DataFrame:
     return table.assign(passes_gate=table.variant.isin(passing(quality)))
 
 
-def speedups(summary: pd.DataFrame) -> pd.DataFrame:
-    """How many times as fast as the reference every variant is, and whether that is beyond noise.
+def over_reference(summary: pd.DataFrame, column: str) -> pd.DataFrame:
+    """How many times as good as the reference every variant is, and whether that is beyond noise.
 
     Args:
-        summary: of `summarise`, by variant.
+        summary: of `summarise`, by variant; a record without intervals has values of no width.
+        column: `p50_ms`, `images_per_s` or `peak_mib`.
 
     Returns:
-        By variant `one_chip` (median latency) and `batches` (images per second at the best size),
-        above 1 where it is faster, and `<column>_beyond_noise`: whether the ratio is further from 1
-        than the control's.
+        By variant `ratio`, above 1 where it is faster or smaller, with `ratio_low` and
+        `ratio_high`, and `beyond_noise` (see `latency.beyond_noise`).
     """
-    rates = pd.DataFrame({"one_chip": 1 / summary.p50_ms, "batches": summary.images_per_s})
-    ratios = rates / rates.loc[REFERENCE]
-    control = ratios.reindex([CONTROL]).iloc[0].fillna(1.0)
-    beyond = np.abs(np.log(ratios)) > np.log(control.map(noise))
-    return ratios.join(beyond.add_suffix("_beyond_noise"))
+    power = 1 if column == "images_per_s" else -1
+    ends = {end: summary.get(f"{column}{end}", summary[column]) for end in ("", "_low", "_high")}
+    ratios = (pd.DataFrame(ends) / summary[column][REFERENCE]) ** power
+    low, high = ratios.min(axis=1), ratios.max(axis=1)
+    beyond = beyond_noise(low, high)
+    return pd.DataFrame(
+        {"ratio": ratios[""], "ratio_low": low, "ratio_high": high, "beyond_noise": beyond}
+    )
 
 
 def decide(summary: pd.DataFrame) -> dict[str, str]:
     """The best deployable variant by latency, throughput and memory, and the one recommended.
 
-    A variant that is ahead of the reference by no more than the control is apart from it is not
-    better. Recommended is the one that wins most of the three; the one with the highest throughput
-    where none wins two.
+    What is ahead of the reference by no more than noise is not better. Recommended is the one that
+    wins most of the three; the one with the highest throughput where none wins two.
     """
-    costs = summary.set_index("variant").assign(seconds_per_image=lambda t: 1 / t.images_per_s)
+    costs = summary.set_index("variant")
 
     def best(column: str) -> str:
-        values = costs[column][costs.passes_gate]
-        control = costs[column].get(CONTROL, math.nan) / values[REFERENCE]
-        limit = noise(control if control > 0 else 1.0)
-        return REFERENCE if values[REFERENCE] <= limit * values.min() else values.idxmin()
+        over = over_reference(costs, column)
+        ahead = over.ratio[costs.passes_gate & over.beyond_noise & (over.ratio > 1)]
+        return ahead.idxmax() if len(ahead) else REFERENCE
 
     winners = {
         "lowest latency": best("p50_ms"),
-        "highest throughput": best("seconds_per_image"),
+        "highest throughput": best("images_per_s"),
         "smallest memory": best("peak_mib"),
     }
     names = list(winners.values())

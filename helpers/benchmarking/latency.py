@@ -1,5 +1,6 @@
 """How long a prediction takes: variants in turn, percentiles that the samples carry."""
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import count
@@ -7,6 +8,7 @@ from itertools import count
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t as student
 
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.percentiles import latency_percentiles
@@ -15,6 +17,9 @@ from helpers.deployment.runtimes import Predict
 from helpers.deployment.variants.source import CONTROL, REFERENCE
 
 _TURN = 5  # timed predictions before the next variant
+_LEAST_ROUNDS = 5  # of two or three the interval is narrow by luck too often
+_MOST_ROUNDS = 20
+_NARROW = 0.05  # width of the 95 % interval of a ratio, relative to the ratio
 
 # A control may agree with the reference by luck. Of twelve forms and batch sizes that compute what
 # the reference does, timed on two idle cores, ten had medians within this ratio of its median.
@@ -24,22 +29,31 @@ LEAST_NOISE = 1.1
 def measure_latency(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
     """Time every variant in turn, round after round, for every batch size.
 
-    A turn is one prediction that is not timed and up to five that are: the first still meets the
-    caches, and the waiting threads, that the variant before has left.
+    A turn is one prediction that is not timed and five that are: the first still meets the caches,
+    and the waiting threads, that the variant before has left. After the rounds that
+    `latency_samples` take, and five at least, there are more until the interval of every variant's
+    ratio to the reference is narrower than 5 % of it, but no more than twenty.
 
     Returns:
-        One row per prediction: `variant, batch_size, seconds`.
+        One row per prediction: `variant, batch_size, round, seconds`.
     """
-    rows = []
+    parts = []
     for size, samples in zip(bench.config.batch_sizes, bench.config.latency_samples, strict=True):
         chips = np.resize(bench.chips, (size, *bench.chips.shape[1:]))
-        rounds = range(0, samples, _TURN)
-        for done in progress_bar(rounds, desc=f"timing predictions of {size}"):
+        least = max(_LEAST_ROUNDS, math.ceil(samples / _TURN))
+        rows = []
+        rounds = range(1, max(least, _MOST_ROUNDS) + 1)
+        for number in progress_bar(rounds, desc=f"timing predictions of {size}"):
             for name, predict in predicts.items():
                 predict(chips)
-                turn = min(_TURN, samples - done)
-                rows += [(name, size, _seconds(predict, chips)) for _ in range(turn)]
-    return pd.DataFrame(rows, columns=["variant", "batch_size", "seconds"])
+                rows += [(name, size, number, _seconds(predict, chips)) for _ in range(_TURN)]
+            if number >= least:
+                of_size = pd.DataFrame(rows, columns=["variant", "batch_size", "round", "seconds"])
+                reaches = _reaches(of_size)
+                if (reaches - 1 / reaches < _NARROW).all():
+                    break
+        parts.append(of_size)
+    return pd.concat(parts, ignore_index=True)
 
 
 def _seconds(predict: Predict, chips: np.ndarray) -> float:
@@ -54,32 +68,56 @@ def latency_table(samples: pd.DataFrame, percentiles: Sequence[float]) -> pd.Dat
     Returns:
         One row per variant and batch size: `variant, batch_size, n`; percentiles in ms, see
         `latency_percentiles`; `images_per_s` at the median; `speedup`, the ratio of the
-        reference's median to the variant's; `beyond_noise`, whether that ratio lies outside the
-        `noise` of the control's.
+        reference's median to the variant's, with `_low` and `_high` (95 % over the rounds);
+        `beyond_noise`, whether this interval lies beyond the control's.
     """
-    rows = []
-    for (variant, size), group in samples.groupby(["variant", "batch_size"], sort=False):
-        median = group.seconds.median()
-        rows.append(
-            {"variant": variant, "batch_size": size, "n": len(group)}
+    parts = []
+    for size, of_size in samples.groupby("batch_size", sort=False):
+        rows = [
+            {"variant": variant, "n": len(group)}
             | latency_percentiles(group.seconds.to_numpy(), percentiles)
-            | {"images_per_s": size / median}
+            | {"images_per_s": size / group.seconds.median()}
+            for variant, group in of_size.groupby("variant", sort=False)
+        ]
+        table = pd.DataFrame(rows).set_index("variant")
+        table.insert(0, "batch_size", size)
+        table["speedup"] = table.images_per_s / table.images_per_s[REFERENCE]
+        reaches = _reaches(of_size)
+        table["speedup_low"], table["speedup_high"] = (
+            table.speedup / reaches,
+            table.speedup * reaches,
         )
-    table = pd.DataFrame(rows)
-    reference = table[table.variant == REFERENCE].set_index("batch_size").images_per_s
-    table["speedup"] = table.images_per_s / table.batch_size.map(reference)
-    control = table[table.variant == CONTROL].set_index("batch_size").speedup
-    limits = table.batch_size.map({size: noise(control.get(size, 1.0)) for size in reference.index})
-    return table.assign(beyond_noise=np.abs(np.log(table.speedup)) > np.log(limits))
+        beyond = beyond_noise(table.speedup_low, table.speedup_high)
+        parts.append(table.assign(beyond_noise=beyond).reset_index())
+    return pd.concat(parts, ignore_index=True)
 
 
-def noise(control: float) -> float:
-    """Ratio of two measurements, 1 or more, up to which they count as equal.
+def _reaches(samples: pd.DataFrame) -> pd.Series:
+    """The factor that the interval of every variant's ratio to the reference reaches up and down.
+
+    Of each round the ratio of the two medians, since a slow moment of the machine hits both;
+    Student's 95 % interval of the mean of their logarithms.
 
     Args:
-        control: the ratio of two measurements of the same thing.
+        samples: of `measure_latency`, at one batch size.
     """
-    return max(control, 1 / control, LEAST_NOISE)
+    medians = samples.groupby(["round", "variant"]).seconds.median().unstack()
+    logs = np.log(medians.rdiv(medians[REFERENCE], axis="index"))
+    return np.exp(logs.sem() * student.ppf(0.975, len(logs) - 1))
+
+
+def beyond_noise(low: pd.Series, high: pd.Series) -> pd.Series:
+    """Whether intervals of ratios to the reference lie beyond the control's, by variant.
+
+    The control's counts as no narrower than from 1 / `LEAST_NOISE` to `LEAST_NOISE`.
+
+    Args:
+        low: of the intervals; without the control where it was not measured.
+        high: of the intervals.
+    """
+    ends = [LEAST_NOISE, high.get(CONTROL, 1.0), 1 / low.get(CONTROL, 1.0)]
+    limit = np.nanmax(ends)
+    return (low > limit) | (high < 1 / limit)
 
 
 def request_parts(bench: Bench, predicts: dict[str, Predict], variant: str) -> pd.DataFrame:

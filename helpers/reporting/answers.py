@@ -7,7 +7,7 @@ import pandas as pd
 
 from helpers.benchmarking.bench import Bench
 from helpers.benchmarking.benchmark import Benchmark
-from helpers.benchmarking.decision import speedups
+from helpers.benchmarking.decision import over_reference
 from helpers.benchmarking.limits import energy_meter
 from helpers.deployment.mapping import MapConfig
 from helpers.deployment.scoring import PredictConfig
@@ -241,16 +241,18 @@ def form_answer(summary: pd.DataFrame, name: str) -> str:
         summary: of `decision.summarise`, by variant.
         name: of the recommended variant.
     """
-    eager, best, times = summary.loc[REFERENCE], summary.loc[name], speedups(summary).loc[name]
+    eager, best = summary.loc[REFERENCE], summary.loc[name]
 
     def as_fast(column: str) -> str:
-        beyond = times[f"{column}_beyond_noise"]
-        return f"{times[column]:.1f} times as fast" if beyond else "as fast within the noise"
+        over = over_reference(summary, column).loc[name]
+        return (
+            f"{over.ratio:.1f} times as fast" if over.beyond_noise else "as fast within the noise"
+        )
 
     return (
         f"`{name}`: {best.accuracy_loss_points:+.2f} points of accuracy lost "
         f"[{best.accuracy_loss_points_low:+.2f}, {best.accuracy_loss_points_high:+.2f}], "
-        f"{as_fast('one_chip')} for one chip, {as_fast('batches')} in batches, "
+        f"{as_fast('p50_ms')} for one chip, {as_fast('images_per_s')} in batches, "
         f"{best.mebibytes_on_disk / eager.mebibytes_on_disk:.2f} of the file."
     )
 

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from helpers.benchmarking.decision import speedups
+from helpers.benchmarking.decision import over_reference
 from helpers.deployment.variants.source import REFERENCE
 from helpers.reporting.plots import PAGE, PALETTE, label_points, line_style, titled
 
@@ -60,15 +60,19 @@ def quality_view(quality: pd.DataFrame) -> pd.DataFrame:
 def ladder_view(summary: pd.DataFrame) -> pd.DataFrame:
     """What runs here, form by form: quality lost, latency, throughput, file and memory.
 
-    Points lost are those of the validation split, which decides. A speedup in brackets that is no
-    further from 1 than the control's begins with a sign for about equal.
+    Points lost are those of the validation split, which decides. In brackets the speedup and its
+    interval, with a sign for about equal where it is not beyond noise.
     """
     table = summary[summary.p50_ms.notna()].set_index("variant")
-    times = speedups(table)
 
-    def with_speedup(values: pd.Series, column: str, form: str) -> list[str]:
-        rows = zip(values, times[column], times[f"{column}_beyond_noise"], strict=True)
-        return [f"{v:{form}} ({'' if beyond else _ABOUT}{r:.2f}x)" for v, r, beyond in rows]
+    def with_speedup(column: str, form: str) -> list[str]:
+        return [
+            f"{value:{form}} ({'' if over.beyond_noise else _ABOUT}{over.ratio:.2f}x "
+            f"[{over.ratio_low:.2f}, {over.ratio_high:.2f}])"
+            for value, over in zip(
+                table[column], over_reference(table, column).itertuples(), strict=True
+            )
+        ]
 
     judged = table.valid_accuracy_loss_points.notna()
     return pd.DataFrame(
@@ -76,8 +80,8 @@ def ladder_view(summary: pd.DataFrame) -> pd.DataFrame:
             "form": table.index,
             "points lost": _intervals(table, "valid_accuracy_loss_points", "+.2f"),
             "passes": np.where(judged, np.where(table.passes_gate, "yes", "no"), "only timed"),
-            "one chip, ms": with_speedup(table.p50_ms, "one_chip", ".1f"),
-            "images/s": with_speedup(table.images_per_s, "batches", ".0f"),
+            "one chip, ms": with_speedup("p50_ms", ".1f"),
+            "images/s": with_speedup("images_per_s", ".0f"),
             "batches": table.batches.fillna("").to_numpy(),
             "file, MiB": table.mebibytes_on_disk.to_numpy(),
             "memory, MiB": table.peak_mib.to_numpy(),
@@ -88,12 +92,12 @@ def ladder_view(summary: pd.DataFrame) -> pd.DataFrame:
 def latency_view(latency: pd.DataFrame) -> pd.DataFrame:
     """`latency_table`, a row per variant: percentiles that the samples carry, and speedups.
 
-    A speedup that is no further from 1 than the control's begins with a sign for about equal.
+    A speedup that is not beyond noise begins with a sign for about equal.
     """
     signs = np.where(latency.beyond_noise, "", _ABOUT)
-    speedup = [f"{s}{value:.2f}" for s, value in zip(signs, latency.speedup, strict=True)]
+    speedup = map("".join, zip(signs, _intervals(latency, "speedup", ".2f"), strict=True))
     columns = [*(name for name in latency if name.endswith("_ms")), "speedup"]
-    wide = latency.assign(speedup=speedup).pivot(
+    wide = latency.assign(speedup=list(speedup)).pivot(
         index="variant", columns="batch_size", values=columns
     )
     wide = wide.loc[latency.variant.unique()].dropna(axis="columns", how="all")

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from helpers.benchmarking.decision import over_reference
 from helpers.deployment.variants.source import REFERENCE
-from helpers.reporting.plots import PAGE, PALETTE, label_points, line_style, titled
+from helpers.reporting.plots import PAGE, PALETTE, bars, label_points, line_style, titled
 
 _FAMILIES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pruned": "PyTorch, pruned",
              "structured": "PyTorch, pruned", "sparse": "PyTorch, pruned"}  # fmt: skip
@@ -120,14 +120,17 @@ def scenario_view(scenarios: pd.DataFrame) -> pd.DataFrame:
 
 
 def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
-    """Validation accuracy against latency and against memory; hollow marks fail the gate.
+    """Points of accuracy lost in validation against latency and memory, with 95 % intervals.
 
-    The line joins what nothing else beats in both; only that and the reference are named. What
-    loses more than _FAR points is named in a corner, or the rest would be one line.
+    Those of the points are paired, and drawn over groups where the data name them; those of latency
+    are relative to the reference. Hollow marks fail the gate. The line joins what nothing else
+    beats in both; only that and the reference are named. What loses more than _FAR points is named
+    in a corner, or the rest would be one line.
     """
-    rows = summary.assign(accuracy=summary.valid_accuracy).dropna(subset="accuracy")
-    reference = rows[rows.variant == REFERENCE].iloc[0]
-    far = rows[rows.accuracy < reference.accuracy - _FAR / 100]
+    lost = "valid_accuracy_loss_points"
+    rows = summary.dropna(subset=lost)
+    rows = rows.assign(gain=-rows[lost])
+    far = rows[rows[lost] > _FAR]
     rows = rows.drop(index=far.index)
     figure, axes = plt.subplots(1, 2, figsize=(PAGE, 4.4), sharey=True)
     panels = (
@@ -136,21 +139,21 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
     )
     names = {}
     for axis, (cost, label) in zip(axes, panels, strict=True):
-        floor = 100 * reference.accuracy - gate_points
-        axis.axhline(floor, color="0.4", linestyle=":", label="points lost as the gate")
-        _mark(axis, rows, rows[cost], 100 * rows.accuracy)
-        front = _front(rows, cost, "accuracy")
-        axis.plot(front[cost], 100 * front.accuracy, color="0.6", zorder=0)
-        named = pd.concat([front, rows[rows.variant == REFERENCE]]).drop_duplicates("variant")
-        texts = rows.variant.where(rows.variant.isin(named.variant), "")
-        texts = rows.assign(text=texts).sort_values("text", ascending=False)
-        names[axis] = (texts[cost], 100 * texts.accuracy, texts.text, 5)
+        axis.axhline(gate_points, color="0.4", linestyle=":", label="gate")
+        _mark(axis, rows, cost, lost)
+        front = _front(rows, cost, "gain")
+        axis.plot(front[cost], front[lost], color="0.6", zorder=0)
+        texts = rows.variant.where(rows.variant.isin({REFERENCE, *front.variant}), "")
+        names[axis] = (rows[cost], rows[lost], texts, 5)
         axis.set(xlabel=label, xscale="log")
         plain_log(axis.xaxis)
         axis.margins(x=0.2, y=0.25)
-    axes[0].set_ylabel("validation accuracy (%)")
+    least, most = axes[0].get_ylim()
+    axes[0].set(ylabel="points of accuracy lost in validation", ylim=(min(most, _FAR), least))
     _family_legend(axes[1], rows.variant)
-    below = ", ".join(f"{row.variant} {row.accuracy:.1%}" for row in far.itertuples())
+    below = ", ".join(
+        f"{name} {points:.1f}" for name, points in zip(far.variant, far[lost], strict=True)
+    )
     if below:
         corner = {"transform": axes[1].transAxes, "fontsize": 8, "ha": "right"}
         axes[1].text(0.98, 0.02, f"below this panel: {below}", **corner)
@@ -163,11 +166,12 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
 def latency_against_throughput(summary: pd.DataFrame, title: str) -> Figure:
     """Each form's throughput at its best batch against its latency; hollow marks fail the gate.
 
-    Of those that pass only what nothing else beats in both is named, and the reference.
+    Bars are 95 % intervals relative to the reference. Of those that pass only what nothing else
+    beats in both is named, and the reference.
     """
     rows = summary[summary.p50_ms.notna()]
     figure, axis = plt.subplots(figsize=(PAGE * 0.75, 4.6))
-    _mark(axis, rows, rows.p50_ms, rows.images_per_s)
+    _mark(axis, rows, "p50_ms", "images_per_s")
     named = {REFERENCE, *_front(rows[rows.passes_gate], "p50_ms", "images_per_s").variant}
     axis.set(
         xlabel="median latency of one chip (ms)", ylabel="images per second at the best batch",
@@ -183,14 +187,18 @@ def latency_against_throughput(summary: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _mark(axis, rows: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
-    """One mark a variant at its x and y; hollow where it fails the gate."""
-    for name, passes, left, height in zip(rows.variant, rows.passes_gate, x, y, strict=True):
-        family = _family(name)
-        face = _COLOURS[family] if passes else "none"
-        axis.plot(
-            left, height, _MARKERS[family], color=_COLOURS[family], markerfacecolor=face,
-            markersize=8,
+def _mark(axis, rows: pd.DataFrame, x: str, y: str) -> None:
+    """One mark a variant, hollow where it fails the gate; intervals where the columns have them."""
+    for _, row in rows.groupby("variant", sort=False):
+        colour = _COLOURS[_family(row.variant.item())]
+        reach = {
+            f"{way}err": bars(row, column, f"{column}_")
+            for way, column in (("x", x), ("y", y))
+            if f"{column}_low" in row
+        }
+        axis.errorbar(
+            row[x], row[y], fmt=_MARKERS[_family(row.variant.item())], color=colour, elinewidth=1,
+            markerfacecolor=colour if row.passes_gate.item() else "none", markersize=8, **reach,
         )  # fmt: skip
 
 
@@ -254,8 +262,11 @@ def load_curve(curve: pd.DataFrame, capacity: float, bound_ms: float, title: str
 
 
 def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
-    """Achieved rate of every variant, at its smallest and largest batch, under the limits."""
-    figure, axis = plt.subplots(figsize=(PAGE, 4.6))
+    """Achieved rate of every variant, at its smallest and largest batch, under the limits.
+
+    Each is named at its largest batch, the fastest first.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE, 6.0))
     intensity = np.geomspace(table.intensity.min() / 2, table.intensity.max() * 4, 100)
     styles = dict(zip(("fp32", "bf16", "int8"), ("-", "--", ":"), strict=True))
     for precision, style in styles.items():
@@ -269,17 +280,6 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
             rows.intensity, rows.flops_per_s / 1e9, _MARKERS[family] + "-",
             color=_COLOURS[family], linewidth=0.6, alpha=0.8,
         )  # fmt: skip
-    largest = ends[ends.batch_size == ends.batch_size.max()]
-    fastest = largest.loc[[largest.flops_per_s.idxmax()]]
-    named = pd.concat([fastest, largest[largest.variant == REFERENCE]]).drop_duplicates("variant")
-    for row in named.itertuples():
-        axis.annotate(
-            row.variant,
-            (row.intensity, row.flops_per_s / 1e9),
-            xytext=(8, -14 if row.variant == REFERENCE else -3),
-            textcoords="offset points",
-            fontsize=8,
-        )
     axis.set(
         xscale="log",
         yscale="log",
@@ -288,7 +288,11 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
     )
     plain_log(axis.yaxis)
     _family_legend(axis, table.variant, "lower right")
-    return titled(figure, title)
+    titled(figure, title)
+    ends = ends.sort_values("flops_per_s", ascending=False)
+    texts = ends.variant.where(ends.batch_size == ends.batch_size.max(), "")
+    label_points(axis, ends.intensity, ends.flops_per_s / 1e9, texts, 4)
+    return figure
 
 
 def sharing(competition: pd.DataFrame, scaling: pd.DataFrame, title: str) -> Figure:

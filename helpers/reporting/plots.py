@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from helpers.records import written_whole
@@ -85,33 +86,42 @@ _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 def label_points(axis: Axes, x, y, texts: Iterable[str], radii) -> None:
-    """Name points, each on the first of its sides where no point and no other name is.
+    """Name points, each at the nearest place around it where no point, text or legend is.
+
+    From a name that is not beside its point a thin line leads there.
 
     Args:
-        axis: laid out, with its final limits: sides are compared in pixels.
+        axis: laid out, with its final limits: places are compared in pixels.
         x: of the points, in the axis' units.
         y: of the points, in the axis' units.
-        texts: one a point, empty for those without a name; the first get the best sides.
+        texts: one a point, empty for those without a name; the first get the best places.
         radii: of the points' markers, in points (1/72 inch), one or one each.
     """
+    renderer = axis.figure.canvas.get_renderer()
     places, radii = np.column_stack([x, y]), np.broadcast_to(radii, len(x))
     pixels = axis.transData.transform(places)
     around = radii[:, None] * axis.figure.dpi / 72
     taken = list(map(Bbox, np.stack([pixels - around, pixels + around], axis=1)))
+    others = [*axis.texts, *filter(None, [axis.get_legend()])]
+    taken += [other.get_window_extent(renderer) for other in others]
+    line = {"arrowstyle": "-", "color": "0.5", "linewidth": 0.5}
     for place, text, radius in zip(places, texts, radii, strict=True):
         if not text:
             continue
-        label = axis.annotate(text, place, (0, 0), textcoords="offset points", fontsize=8)
+        label = axis.annotate(
+            text, place, (0, 0), textcoords="offset points", fontsize=8, arrowprops=line
+        )
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])
-        for across, up in (*_SIDES, _SIDES[0]):  # the first side where all are taken
+        for gap, (across, up) in itertools.product(range(3, 150, 7), _SIDES):
             label.set(
-                position=((radius + 3) * across, (radius + 3) * up),
+                position=((radius + gap) * across, (radius + gap) * up),
                 ha=("center", "left", "right")[across],
                 va=("center", "bottom", "top")[up],
             )
-            box = label.get_window_extent(axis.figure.canvas.get_renderer())
-            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
-            if inside and not any(map(box.overlaps, taken)):
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without the line
+            inside = Bbox.intersection(axis.bbox, box)
+            if inside and np.allclose(inside, box) and not any(map(box.overlaps, taken)):
                 break
         taken.append(box)
 

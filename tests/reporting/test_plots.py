@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
 
 from helpers.reporting import benchmark_plots, comparison_plots, plots
 
@@ -29,9 +30,26 @@ def test_names_of_points_do_not_overlap():
     axis.plot(x, y, "o")
     figure.draw_without_rendering()
     plots.label_points(axis, x, y, ["first", "", "third", "fourth", "", "last"], 3)
-    boxes = [text.get_window_extent() for text in axis.texts]
     assert [text.get_text() for text in axis.texts] == ["first", "third", "fourth", "last"]
-    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert not any_overlap(axis)
+
+
+def any_overlap(axis):
+    """Whether a name lies over another, over the legend or outside of the axes."""
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without lines to their points
+    inside = [axis.bbox.x0 <= b.x0 and b.x1 <= axis.bbox.x1 for b in boxes]
+    inside += [axis.bbox.y0 <= b.y0 and b.y1 <= axis.bbox.y1 for b in boxes]
+    boxes += [axis.get_legend().get_window_extent()] if axis.get_legend() else []
+    return not all(inside) or any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
+def test_so_many_names_at_one_place_lie_around_it_inside_of_the_axes():
+    figure, axis = plt.subplots()
+    axis.plot([0, 1], [0, 1], "o", label="points")
+    axis.legend(loc="upper right")
+    figure.draw_without_rendering()
+    plots.label_points(axis, [1] * 12, [1] * 12, [f"variant {n}" for n in range(12)], 3)
+    assert len(axis.texts) == 12 and not any_overlap(axis)
 
 
 def test_a_confusion_matrix_says_shares_of_the_true_class():
@@ -105,3 +123,33 @@ def test_latency_against_throughput_names_the_reference_and_what_nothing_beats(s
     assert [text.get_text() for text in axis.texts] == ["eager_fp32", "structured_40_int8"]
     hollow = [line.get_markerfacecolor() == "none" for line in axis.lines if len(line.get_xdata())]
     assert hollow == [False, True, False, False, True]
+
+
+def test_accuracy_against_cost_says_how_sure_both_are(summary):
+    far = summary.iloc[[2]].assign(variant="far", valid_accuracy_loss_points=9.0, passes_gate=False)
+    wide = summary.iloc[[2]].assign(variant="wide", valid_accuracy_loss_points_high=9.9, p50_ms=5)
+    table = pd.concat([summary, far, wide.assign(passes_gate=False)], ignore_index=True)
+    latency, memory = benchmark_plots.pareto(table, 0.5, "title").axes
+    bottom, top = latency.get_ylim()
+    assert bottom == 8 and top < 0, "what is best is up, and no bar makes the rest one line"
+    assert sorted(text.get_text() for text in latency.texts) == ["eager_fp32", "wide"]
+    assert not any_overlap(latency) and not any_overlap(memory)
+    assert "below this panel: far 9.0" in [text.get_text() for text in memory.texts]
+    across, up = (bars.get_segments() for bars in latency.containers[1].lines[2])
+    np.testing.assert_allclose(across[0][:, 0], [8, 9])
+    np.testing.assert_allclose(up[0][:, 1], [-0.1, 0.4])
+
+
+def test_every_line_of_the_roofline_is_named():
+    names = [
+        f"{start}_{n}" for start in ("openvino_int8", "structured_40", "bf16") for n in range(6)
+    ]
+    rows = [
+        {"variant": name, "batch_size": size, "intensity": 50 * size, "flops_per_s": (40 + n) * 1e9}
+        for n, name in enumerate(names)
+        for size in (1, 32)
+    ]
+    limits = {"fp32": 2e11, "bf16": 4e11, "int8": 6e11, "bytes_per_s": 2e10}
+    axis = benchmark_plots.roofline(pd.DataFrame(rows), limits, "title").axes[0]
+    assert sorted(text.get_text() for text in axis.texts) == sorted(names)
+    assert not any_overlap(axis)

@@ -57,8 +57,13 @@ from helpers.training.precision import fastest
 Builder = Callable[[Source], Variant]
 
 
-# int8 as NNCF advises, without SmoothQuant, and with what is not int8 in bf16.
-_INT8 = {"": {}, "_unsmoothed": {"smooth": False}, "_bf16": {"hint": "bf16"}}
+# int8 as NNCF advises, without SmoothQuant, with what is not int8 in bf16, and with less in int8.
+_INT8 = {
+    "": {},
+    "_unsmoothed": {"smooth": False},
+    "_bf16": {"hint": "bf16"},
+    "_accuracy_aware": {"accuracy_aware": True},
+}
 
 
 def _int8_steps(start: str, build: Callable[..., Variant], *given) -> dict[str, Builder]:

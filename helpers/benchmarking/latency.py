@@ -16,9 +16,10 @@ from helpers.console import progress_bar
 from helpers.deployment.runtimes import Predict
 from helpers.deployment.variants.source import CONTROL, REFERENCE
 
-_TURN = 5  # timed predictions before the next variant
+_TURN = 5  # timed predictions before the next variant, at most
 _LEAST_ROUNDS = 5  # of two or three the interval is narrow by luck too often
 _MOST_ROUNDS = 20
+_MOST_SECONDS = 10  # after which no further round of a batch size begins
 _NARROW = 0.05  # width of the 95 % interval of a ratio, relative to the ratio
 
 # A control may agree with the reference by luck. Of twelve forms and batch sizes that compute what
@@ -29,10 +30,10 @@ LEAST_NOISE = 1.1
 def measure_latency(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
     """Time every variant in turn, round after round, for every batch size.
 
-    A turn is one prediction that is not timed and five that are: the first still meets the caches,
-    and the waiting threads, that the variant before has left. After the rounds that
-    `latency_samples` take, and five at least, there are more until the interval of every variant's
-    ratio to the reference is narrower than 5 % of it, but no more than twenty.
+    A turn is one prediction that is not timed and at most five that are: the first still meets the
+    caches, and the waiting threads, that the variant before has left. `latency_samples` take five
+    rounds or more. There are further ones until the interval of every variant's ratio to the
+    reference is narrower than 5 % of it, but no more than twenty, nor any after ten seconds.
 
     Returns:
         One row per prediction: `variant, batch_size, round, seconds`.
@@ -40,17 +41,19 @@ def measure_latency(bench: Bench, predicts: dict[str, Predict]) -> pd.DataFrame:
     parts = []
     for size, samples in zip(bench.config.batch_sizes, bench.config.latency_samples, strict=True):
         chips = np.resize(bench.chips, (size, *bench.chips.shape[1:]))
-        least = max(_LEAST_ROUNDS, math.ceil(samples / _TURN))
-        rows = []
+        turn = min(_TURN, math.ceil(samples / _LEAST_ROUNDS))
+        least = max(_LEAST_ROUNDS, math.ceil(samples / turn))
+        rows, start = [], time.perf_counter()
         rounds = range(1, max(least, _MOST_ROUNDS) + 1)
         for number in progress_bar(rounds, desc=f"timing predictions of {size}"):
             for name, predict in predicts.items():
                 predict(chips)
-                rows += [(name, size, number, _seconds(predict, chips)) for _ in range(_TURN)]
+                rows += [(name, size, number, _seconds(predict, chips)) for _ in range(turn)]
             if number >= least:
                 of_size = pd.DataFrame(rows, columns=["variant", "batch_size", "round", "seconds"])
                 reaches = _reaches(of_size)
-                if (reaches - 1 / reaches < _NARROW).all():
+                seconds = time.perf_counter() - start
+                if (reaches - 1 / reaches < _NARROW).all() or seconds > _MOST_SECONDS:
                     break
         parts.append(of_size)
     return pd.concat(parts, ignore_index=True)

@@ -272,7 +272,7 @@ def test_a_speedup_whose_interval_reaches_into_the_noise_is_not_beyond_it():
     assert table.speedup_low["unsure"] < 1.1 < table.speedup_low["sure"]
 
 
-def timed(seconds, samples=5):
+def timed(seconds, samples=25):
     """What `measure_latency` gives of functions that return the seconds they take."""
     config = types.SimpleNamespace(batch_sizes=(1,), latency_samples=(samples,))
     bench = types.SimpleNamespace(config=config, chips=np.zeros((1, 3, 2, 2)))

@@ -31,6 +31,7 @@ MAY_BE_MISSING = NEEDS_GPU | {"openvino_bf16", "openvino_int8_bf16"}  # some CPU
 # The other shares differ in a number.
 BUILT = (
     *build.DEFAULT,
+    "compiled_fp32",
     "openvino_int8_unsmoothed",
     "openvino_int8_bf16",
     "openvino_int8_accuracy_aware",

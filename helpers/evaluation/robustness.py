@@ -10,19 +10,19 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from helpers.data.dataset import ChipData, band_statistics
 from helpers.evaluation.baselines import acquisition_statistics, logistic_probe
-from helpers.metrics import metric_columns
+from helpers.metrics import exact_interval, metric_columns
 from helpers.models.classifier import Classifier, head_columns
 from helpers.training.examples import batches
 from helpers.training.features import evaluated_on
 from helpers.training.runs import metric_entries
 
 _SHOWN = ("accuracy", "auroc")
+_REFITTED_ON = 2000  # training chips at most, evenly spaced
 ACQUISITION_ALONE = "acquisition statistics alone"
 SMALL_PLACE = 20
 """Test chips below which a place's accuracy is not called the worst: one chip is five points."""
@@ -36,22 +36,20 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
         predictions: of a run, with `group, target, predicted` and `p_<class>` for each class.
 
     Returns:
-        `group, chips, positives` (share of the last class), `accuracy` with its exact 95 % interval
-        (Clopper and Pearson 1934) `low, high`; no rows where the data have no groups.
+        `group, chips, positives` (share of the last class), `accuracy` with its `exact_interval`
+        `low, high`; no rows where the data have no groups.
     """
     answered = predictions.assign(right=predictions.predicted == predictions.target)
     last = predictions.columns.str.startswith("p_").sum() - 1
     rows = []
     for group, chips in answered[answered.group != ""].groupby("group"):
-        interval = binomtest(int(chips.right.sum()), len(chips)).proportion_ci()
         rows.append(
             {
                 "group": group,
                 "chips": len(chips),
                 "positives": (chips.target == last).mean(),
                 "accuracy": chips.right.mean(),
-                "low": interval.low,
-                "high": interval.high,
+                **exact_interval(chips.right),
             }
         )
     columns = ["group", "chips", "positives", "accuracy", "low", "high"]
@@ -112,9 +110,7 @@ def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor]
     }
 
 
-def shortcut_check(
-    classifier: Classifier, data: ChipData, *, device: str = "cpu", train_chips: int = 2000
-) -> pd.DataFrame:
+def shortcut_check(classifier: Classifier, data: ChipData, *, device: str = "cpu") -> pd.DataFrame:
     """What remains of a classifier when cues of the acquisition are taken away.
 
     Two questions for each degradation: does the classifier itself still work (`as trained`), and
@@ -126,7 +122,6 @@ def shortcut_check(
         classifier: for its backbone and head.
         data: two or more classes.
         device: where forward passes run.
-        train_chips: at most so many training chips, evenly spaced, for the refitted heads.
 
     Returns:
         `chips` (the degradation, or `acquisition statistics alone`), `head`, and value, low and
@@ -134,7 +129,7 @@ def shortcut_check(
     """
     size = classifier.config.image_size
     train, test = (data.dataset(split, size) for split in ("train", "test"))
-    chosen = np.linspace(0, len(train) - 1, min(train_chips, len(train))).round().astype(int)
+    chosen = np.linspace(0, len(train) - 1, min(_REFITTED_ON, len(train))).round().astype(int)
     train_part = torch.utils.data.Subset(train, chosen.tolist())
     targets, truth = train.targets[chosen].numpy(), test.targets.numpy()
     predictions = {}

@@ -103,11 +103,7 @@ def metric_entries(predictions: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def metric_values(predictions: pd.DataFrame) -> dict[str, dict[str, float]]:
     """The same without intervals: metric -> value."""
-    values = weighted_metrics(
-        predictions.target.to_numpy(),
-        class_probabilities(predictions),
-        np.ones((1, len(predictions))),
-    )
+    values = weighted_metrics(predictions.target.to_numpy(), class_probabilities(predictions))
     return {name: {"value": round(float(values[name][0]), 6)} for name in METRICS}
 
 

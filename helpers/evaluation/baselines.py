@@ -1,6 +1,7 @@
 """What a model must beat, and how good frozen features are: statistics of chips, probes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +114,13 @@ def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> 
     return probe.fit(train, targets).predict_proba(test)
 
 
+def statistics_probe(
+    statistics: Callable[[ChipDataset], np.ndarray], train: ChipDataset, test: ChipDataset
+) -> np.ndarray:
+    """`logistic_probe` on statistics of chips: class probabilities of the test chips."""
+    return logistic_probe(statistics(train), train.targets.numpy(), statistics(test))
+
+
 def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str, Any]:
     """What a model must beat on a data set: read where it is there, else computed and written.
 
@@ -139,12 +147,8 @@ def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str,
     targets = train.targets.numpy()
     probabilities = {
         "majority class": majority_probabilities(targets, len(test), len(data.classes)),
-        "colour statistics": logistic_probe(
-            colour_statistics(train), targets, colour_statistics(test)
-        ),
-        "acquisition statistics": logistic_probe(
-            acquisition_statistics(train), targets, acquisition_statistics(test)
-        ),
+        "colour statistics": statistics_probe(colour_statistics, train, test),
+        "acquisition statistics": statistics_probe(acquisition_statistics, train, test),
     }
     tables = {
         name: predictions_table(data, {"test": values}) for name, values in probabilities.items()
@@ -261,15 +265,12 @@ def probe(config: ProbeConfig, data: ChipData) -> pd.DataFrame:
     runs = [config.run()] + [config.run(weights="random")] * config.random_init
     predictions = {}
     for run in runs:
-        features = [frozen_features(run, data, split) for split in ("train", "valid")]
-        predictions[run.label, "logistic regression"] = logistic_probe(
-            features[0], targets, features[1]
-        )
-        predictions[run.label, f"{config.neighbours}-NN"] = knn_probe(
-            features[0], targets, features[1], config.neighbours
-        )
-    predictions["colour statistics", "logistic regression"] = logistic_probe(
-        colour_statistics(train), targets, colour_statistics(valid)
+        fitted, judged = (frozen_features(run, data, split) for split in ("train", "valid"))
+        predictions[run.label, "logistic regression"] = logistic_probe(fitted, targets, judged)
+        votes = knn_probe(fitted, targets, judged, config.neighbours)
+        predictions[run.label, f"{config.neighbours}-NN"] = votes
+    predictions["colour statistics", "logistic regression"] = statistics_probe(
+        colour_statistics, train, valid
     )
     return pd.DataFrame(
         {"features": features, "probe": method} | metric_columns(truth, probabilities, _SHOWN)

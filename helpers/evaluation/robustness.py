@@ -14,7 +14,11 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from helpers.data.dataset import ChipData, band_statistics
-from helpers.evaluation.baselines import acquisition_statistics, logistic_probe
+from helpers.evaluation.baselines import (
+    acquisition_statistics,
+    logistic_probe,
+    statistics_probe,
+)
 from helpers.metrics import exact_interval, metric_columns
 from helpers.models.classifier import Classifier, head_columns
 from helpers.training.examples import batches
@@ -142,8 +146,8 @@ def shortcut_check(classifier: Classifier, data: ChipData, *, device: str = "cpu
         (train_features, _), (test_features, as_trained) = of_train[name], of_test[name]
         predictions[name, "as trained"] = as_trained
         predictions[name, "refitted"] = logistic_probe(train_features, targets, test_features)
-    predictions[ACQUISITION_ALONE, "refitted"] = logistic_probe(
-        acquisition_statistics(train), train.targets.numpy(), acquisition_statistics(test)
+    predictions[ACQUISITION_ALONE, "refitted"] = statistics_probe(
+        acquisition_statistics, train, test
     )
     rows = []
     for (chips, head), probabilities in predictions.items():

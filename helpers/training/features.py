@@ -152,23 +152,18 @@ def cached_features(
     mapped = 4 * np.prod(shape) > memory_limit_bytes
     found = _read_entry(entry, shape, dataset.targets, mapped)
     processes = several()
-    if processes and not all(gather_object([found is not None])):
-        _share_out(classifier, dataset, entry, shape, processes, **options)
-        found = _read_entry(entry, shape, dataset.targets, mapped)
-        return replace(found, from_cache=False)
-    if found is not None:
+    if all(gather_object([found is not None])) if processes else found is not None:
         return found
-    if entry.is_file():
-        entry.unlink()
-    with written_whole_folder(entry) as part:
-        file = part / "values.npy"
-        features = extract_features(classifier, dataset, file=file, **options)
-        write_record(file, features.seconds)
-        # What is computed goes the way of what is read, so that both give the same bits.
-        values = None if mapped else features.values.clone()
-    if values is None:
-        values = torch.from_numpy(np.load(entry / "values.npy", mmap_mode="c"))
-    return Features(values, features.targets, features.seconds, False)
+    if processes:
+        _share_out(classifier, dataset, entry, shape, processes, **options)
+    else:
+        if entry.is_file():
+            entry.unlink()
+        with written_whole_folder(entry) as part:
+            file = part / "values.npy"
+            write_record(file, extract_features(classifier, dataset, file=file, **options).seconds)
+    # What is computed is read as it would be the next time, so that both give the same bits.
+    return replace(_read_entry(entry, shape, dataset.targets, mapped), from_cache=False)
 
 
 def _share_out(

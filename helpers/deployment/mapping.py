@@ -18,19 +18,14 @@ from helpers import InputError
 from helpers.console import progress_bar
 from helpers.data.cells import NODATA, PROBABILITY_STEP, BlockFiles, write_cells, write_map
 from helpers.data.example import CROWNS, SCENE
-from helpers.data.scenes import (
-    CACHE_BYTES,
-    Block,
-    Grid,
-    Scene,
-    open_scene,
-)
+from helpers.data.scenes import CACHE_BYTES, Block, Grid, Scene, open_scene
 from helpers.deployment.engines import Engine, engine_of
 from helpers.deployment.scoring import PredictConfig, Scorer
 from helpers.evaluation.calibration import UNSURE, AnswerRule
 from helpers.models.files import EXAMPLE_MODEL
 from helpers.records import environment, write_json
 
+REGIONS = (1, 100, 10_000)  # square kilometres, in `region_hours`
 RESOLUTION_TOLERANCE = 0.1  # pixels that differ by more show the ground at another scale
 # What belongs to one map; the record comes last and says that the others are whole.
 _ENDINGS = (".tif", ".tif.aux.xml", ".parquet", ".png", ".json")
@@ -298,26 +293,23 @@ class _Work:
             yield block, place.join(said).assign(data_share=share)
 
 
-def region_hours(
-    record: dict, metres_per_pixel: float, square_km: tuple[int, ...] = (1, 100, 10_000)
-) -> pd.DataFrame:
+def region_hours(record: dict, metres_per_pixel: float) -> pd.DataFrame:
     """What larger regions take at the rate of a map that was just made.
 
     Args:
         record: of `map_scene`.
-        metres_per_pixel: of the scene.
-        square_km: areas of regions of the same resolution.
+        metres_per_pixel: of the scene, and of the regions.
 
     Returns:
         One row a region: `square_km`, `megapixels`, `cells`, `hours`.
     """
     rate = record["predicted_in_this_run"] / record["seconds_of_this_run"]
     side = record["cells"]["stride"] * metres_per_pixel
-    area = 1e6 * np.array(square_km, dtype=float)
+    area = 1e6 * np.array(REGIONS, dtype=float)
     cells = area / side**2
     return pd.DataFrame(
         {
-            "square_km": square_km,
+            "square_km": REGIONS,
             "megapixels": np.rint(area / metres_per_pixel**2 / 1e6).astype(int),
             "cells": np.rint(cells).astype(int),
             "hours": cells / rate / 3600,

@@ -22,6 +22,11 @@ def test_draws(predictions: pd.DataFrame) -> Draws:
     return metric_draws(targets, probabilities, groups=groups)
 
 
+def draws_of(runs: dict[tuple[str, int], Run]) -> dict[tuple[str, int], Draws]:
+    """`test_draws` of runs by method and seed."""
+    return {pair: test_draws(run.test_predictions) for pair, run in runs.items()}
+
+
 def unit(predictions: pd.DataFrame) -> str:
     """What an interval draws: `places` where every chip has a group, else `chips`."""
     return "places" if (predictions.group != "").all() else "chips"

@@ -24,7 +24,14 @@ from helpers.evaluation.robustness import (
     accuracy_by_group,
     accuracy_intervals,
 )
-from helpers.evaluation.seeds import Draws, gain_over, method_gains, method_means, test_draws
+from helpers.evaluation.seeds import (
+    Draws,
+    draws_of,
+    gain_over,
+    method_gains,
+    method_means,
+    test_draws,
+)
 from helpers.metrics import with_interval
 from helpers.records import environment
 from helpers.training.config import RunConfig, TrainingConfig
@@ -81,7 +88,7 @@ def comparison_answers(
 
 
 def _blocks_answer(by_blocks: dict[tuple[str, int], Run]) -> str:
-    draws = {pair: test_draws(run.test_predictions) for pair, run in by_blocks.items()}
+    draws = draws_of(by_blocks)
     last, every = dict.fromkeys(name for name, _ in by_blocks)
     seconds = cost_table(by_blocks).seconds_per_epoch
     return (
@@ -105,8 +112,7 @@ def _head_answer(config: TrainingConfig, runs: dict, draws: dict) -> str:
 def run_answer(config: RunConfig, run: Run) -> str:
     """`head_answer` for one head-only run."""
     runs = {("head_only", run.record["config"]["seed"]): run}
-    draws = {pair: test_draws(run.test_predictions) for pair in runs}
-    return _head_answer(config, runs, draws)
+    return _head_answer(config, runs, draws_of(runs))
 
 
 def listed(said: dict[str, str]) -> str:

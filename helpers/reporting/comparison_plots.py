@@ -37,7 +37,7 @@ def method_curves(histories: pd.DataFrame, title: str) -> Figure:
     return titled(figure, title)
 
 
-def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
+def against(rows: pd.DataFrame, x: str, metric: str, title: str) -> Figure:
     """A test metric with its interval against a column, on a log axis, one colour a method.
 
     Args:
@@ -45,16 +45,15 @@ def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = F
         x: name of that column, with underscores for spaces.
         metric: what the values are, one of METRIC_NAMES.
         title: names backbone, weights and data.
-        lines: whether to join the points of a method.
     """
     figure, axis = plt.subplots(figsize=(PAGE * 0.7, 3.4))
-    _against(axis, rows, x, metric, lines)
+    _against(axis, rows, x, metric)
     axis.set_title(title)
     figure.tight_layout()
     return figure
 
 
-def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None:
+def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool = False) -> None:
     styles = method_styles(list(rows.method.unique()))
     for method, points in rows.groupby("method", sort=False):
         points = points.sort_values(x)

@@ -95,8 +95,7 @@ def judged_figure(
         picture = _stretched(_read(raster, bands))
         left, bottom, right, top = raster.bounds
     wide = scene.width >= scene.height
-    size = (PAGE, 2.2 * PAGE * scene.height / scene.width) if wide else (PAGE, 0.55 * PAGE
-            * scene.height / scene.width)  # fmt: skip
+    size = (PAGE, (2.2 if wide else 0.55) * PAGE * scene.height / scene.width)
     grid = (2, 1) if wide else (1, 2)
     figure, axes = plt.subplots(*grid, figsize=size, dpi=_PAGE_DPI, layout="constrained")
     for axis in axes:

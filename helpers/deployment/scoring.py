@@ -313,13 +313,12 @@ def without_suffix(output: str) -> Path:
 
 def score_chips(
     scorer: Scorer, rule: AnswerRule, inputs: Inputs, config: PredictConfig
-) -> tuple[pd.DataFrame, list[Path]]:
+) -> list[Path]:
     """Answer chips and write `<output>.csv`, or Parquet where the suffix says so.
 
-    Returns:
-        One row a chip in the order of the input: img_path, label (the class), the probability of
-        each class, `p_<class>`, and answer (the class, or `unsure`); and the files. Chips that
-        cannot be read are listed with the reason in `<output>_skipped.csv`.
+    One row a chip in the order of the input: img_path, label (the class), the probability of each
+    class, `p_<class>`, and answer (the class, or `unsure`). Chips that cannot be read are listed
+    with the reason in `<output>_skipped.csv`. Returns the files.
 
     Raises:
         InputError: results that are there, no readable chip, or, with `on_unreadable="error"`, one
@@ -365,7 +364,7 @@ def score_chips(
     if reasons:
         with written_whole(skipped_file) as part:
             skipped.to_csv(part, index=False)
-    return table, [file, skipped_file] if reasons else [file]
+    return [file, skipped_file] if reasons else [file]
 
 
 def _chip_batches(

@@ -208,10 +208,7 @@ def _bin_of(confidence: np.ndarray) -> np.ndarray:
 def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Exact McNemar test of two models' decisions on the same images (McNemar 1947).
 
-    Args:
-        targets: (N,) class indices.
-        first: (N,) predicted classes of one model.
-        second: (N,) predicted classes of the other.
+    All three are class indices (N,).
 
     Returns:
         `only_first` and `only_second`: images that only one of them has right; `p_value` of the
@@ -233,21 +230,10 @@ def paired_difference(
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Difference of a metric between two models, second - first, on the same images.
+    """`interval` of the difference of a metric between two models, second - first.
 
-    The interval comes from resamples in which both models see the same drawn images.
-
-    Args:
-        targets: (N,) class indices.
-        first: (N, classes) probabilities of one model.
-        second: (N, classes) probabilities of the other.
-        metric: a name in METRICS.
-        resamples: number of bootstrap draws.
-        seed: of the draws.
-        groups: as in `metric_draws`.
-
-    Returns:
-        As `interval`.
+    Both see the same images in every resample. Targets (N,) are class indices, `first` and `second`
+    probabilities (N, classes), the others as in `metric_draws`.
     """
     one, other = (
         metric_draws(targets, p, resamples, seed, groups)[metric] for p in (first, second)

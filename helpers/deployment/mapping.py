@@ -87,18 +87,7 @@ def map_scene(
     Beside `<output>` appear a Cloud Optimized GeoTIFF of one pixel a cell (class, probabilities,
     and with an error rate whether the answer is unsure), a GeoParquet table of the cells, a
     picture and a record. A run that was killed goes on where it was and ends with the same files;
-    one that is finished is read.
-
-    Args:
-        scorer: the classifier.
-        rule: from its logits to answers.
-        path: the scene.
-        output: name of the results without a suffix.
-        config: windows, batches and whether results are replaced.
-        draw: makes the picture.
-
-    Returns:
-        The record and the files.
+    one that is finished is read. Returns the record and the files.
 
     Raises:
         InputError: a scene that cannot be used or has no data, other results under that name, an
@@ -294,14 +283,9 @@ class _Work:
 
 
 def region_hours(record: dict, metres_per_pixel: float) -> pd.DataFrame:
-    """What larger regions take at the rate of a map that was just made.
+    """What larger regions take at the rate of a map that was just made, by its record.
 
-    Args:
-        record: of `map_scene`.
-        metres_per_pixel: of the scene, and of the regions.
-
-    Returns:
-        One row a region: `square_km`, `megapixels`, `cells`, `hours`.
+    One row a region of the same resolution: `square_km`, `megapixels`, `cells`, `hours`.
     """
     rate = record["predicted_in_this_run"] / record["seconds_of_this_run"]
     side = record["cells"]["stride"] * metres_per_pixel

@@ -91,21 +91,13 @@ class PredictConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained classifier in any form, ready to predict.
+    """A trained classifier in any form, ready to predict."""
 
-    Args:
-        name: of its file or folder.
-        classifier: its configuration.
-        logits_of: chips (N, bands, S, S) -> logits (N, classes).
-        digest: SHA-256 of its files.
-        predictions: where its run keeps the predictions on the validation split.
-    """
-
-    name: str
+    name: str  # of its file or folder
     classifier: ClassifierConfig
     logits_of: Predict
-    digest: str
-    predictions: Path
+    digest: str  # SHA-256 of its files
+    predictions: Path  # where its run keeps the predictions on the validation split
 
     @property
     def chip_size(self) -> int:
@@ -216,19 +208,12 @@ def answer_rule(scorer: Scorer, config: ModelConfig) -> AnswerRule:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What shall be answered.
+    """What shall be answered."""
 
-    Args:
-        kind: `chips` or `scene`.
-        paths: the files, in order.
-        names: as the results call them.
-        several: whether a folder or a glob was given, whatever it holds.
-    """
-
-    kind: str
+    kind: str  # `chips` or `scene`
     paths: list[Path]
-    names: list[str]
-    several: bool
+    names: list[str]  # as the results call them
+    several: bool  # whether a folder or a glob was given, whatever it holds
 
 
 def find_inputs(scorer: Scorer, config: PredictConfig) -> Inputs:

@@ -100,15 +100,9 @@ def strongest_statistic(statistics: np.ndarray, targets: np.ndarray) -> tuple[st
 
 
 def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Class probabilities of a logistic regression on standardised features.
+    """Class probabilities (M, classes) of a logistic regression on standardised features.
 
-    Args:
-        train: (N, F).
-        targets: (N,).
-        test: (M, F).
-
-    Returns:
-        (M, classes).
+    Fitted on `train` (N, F) with `targets` (N,), asked for `test` (M, F).
     """
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return probe.fit(train, targets).predict_proba(test)
@@ -124,10 +118,7 @@ def statistics_probe(
 def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str, Any]:
     """What a model must beat on a data set: read where it is there, else computed and written.
 
-    Args:
-        config: for `history_path`, `image_size` and the name of the data.
-        data: with all its training chips.
-        report: receives one line.
+    Give the data with all their training chips.
 
     Returns:
         The record in `history_path/baselines_<data>.json`: `test`, with the metrics of `majority
@@ -222,18 +213,10 @@ class ProbeConfig(Places, DataConfig):
 def knn_probe(
     train: np.ndarray, targets: np.ndarray, test: np.ndarray, neighbours: int
 ) -> np.ndarray:
-    """Class probabilities by the vote of the nearest training chips, weighted as in DINO.
+    """Class probabilities (M, classes) by the vote of the nearest training chips, as in DINO.
 
-    A neighbour of cosine similarity s votes with exp(s / 0.07).
-
-    Args:
-        train: (N, F).
-        targets: (N,).
-        test: (M, F).
-        neighbours: at most; all N of fewer.
-
-    Returns:
-        (M, classes).
+    A neighbour of cosine similarity s votes with exp(s / 0.07); of fewer chips than `neighbours`
+    all vote. Arrays as of `logistic_probe`.
     """
     knn = KNeighborsClassifier(
         min(neighbours, len(train)),

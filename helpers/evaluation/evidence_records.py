@@ -35,15 +35,10 @@ TRIVIAL = ("majority class", "colour statistics", "acquisition statistics")  # k
 
 @dataclass(frozen=True)
 class Evidence:
-    """A task's record and predictions.
+    """A task's record and predictions."""
 
-    Args:
-        record: as JSON has it (`gather`).
-        predictions: as in a run's, with `run` and `pair` (of chips with a like acquisition).
-    """
-
-    record: dict[str, Any]
-    predictions: pd.DataFrame
+    record: dict[str, Any]  # as JSON has it (`gather`)
+    predictions: pd.DataFrame  # of all runs, with `run` and `pair` (chips of a like acquisition)
 
     @cached_property
     def _tables(self) -> dict[str, pd.DataFrame]:
@@ -93,14 +88,9 @@ def published_evidence() -> dict[str, Evidence]:
 
 
 def gather(collection: Collection, folder: Path = PUBLISHED) -> Evidence:
-    """Write what a collection has done so far: `<task>.parquet`, then `<task>.json`.
+    """Write what a collection, its learning rates chosen, has done so far; return it.
 
-    Args:
-        collection: with its learning rates chosen.
-        folder: of the two files.
-
-    Returns:
-        What was written.
+    First `<task>.parquet`, then `<task>.json`.
     """
     task, data = collection.task, collection.data
     done = collection.published()

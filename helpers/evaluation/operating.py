@@ -17,12 +17,9 @@ ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 def threshold_table(
     predictions: pd.DataFrame, prevalence: float, thresholds: Sequence[float] = THRESHOLDS
 ) -> pd.DataFrame:
-    """Test precision and recall of the positive class against its threshold.
+    """Test precision and recall of the positive class, by the probability it is answered from.
 
-    Args:
-        predictions: of a run, as `Run.predictions`.
-        prevalence: share of positive chips where the classifier will work.
-        thresholds: probabilities from which a chip is called positive.
+    Prevalence is the share of positive chips where the classifier will work.
 
     Returns:
         `threshold, recall, false_positive_rate` (which do not depend on how many are positive),
@@ -50,9 +47,6 @@ def _precision(recall: np.ndarray, false_positive_rate: np.ndarray, share: float
 
 def coverage_table(predictions: pd.DataFrame) -> pd.DataFrame:
     """Conformal answers: the rule from the validation split, what it does on the test split.
-
-    Args:
-        predictions: of a run, as `Run.predictions`.
 
     Returns:
         One row for each of ERROR_RATES that does not need more validation chips than there are:

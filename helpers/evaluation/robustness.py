@@ -34,10 +34,7 @@ _DEGREES = {"longitude": 180, "latitude": 90}  # columns of a manifest, and how 
 
 
 def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy in every group of the manifest (a place, a scene), the largest first.
-
-    Args:
-        predictions: of a run, with `group, target, predicted` and `p_<class>` for each class.
+    """Test accuracy of a run in every group of the manifest (a place, a scene), the largest first.
 
     Returns:
         `group, chips, positives` (share of the last class), `accuracy` with its `exact_interval`
@@ -64,11 +61,7 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
 def place_coordinates(manifest: pd.DataFrame) -> pd.DataFrame:
     """Where the test places lie: `group` and the mean `longitude` and `latitude` of its chips.
 
-    Args:
-        manifest: of `ChipData`; the columns longitude and latitude are degrees.
-
-    Returns:
-        No rows unless every test chip has a group and coordinates.
+    In degrees, from columns of the manifest; no rows unless every test chip has a group and both.
     """
     test = manifest[manifest["split"] == "test"]
     if (test["group"] == "").any() or not set(_DEGREES) <= set(test):
@@ -121,11 +114,6 @@ def shortcut_check(classifier: Classifier, data: ChipData, *, device: str = "cpu
     how much do features of equally degraded training chips still tell (`refitted`, a logistic
     regression on the frozen [CLS, mean patch] features)? And how far do the statistics of the
     acquisition come alone.
-
-    Args:
-        classifier: for its backbone and head.
-        data: two or more classes.
-        device: where forward passes run.
 
     Returns:
         `chips` (the degradation, or `acquisition statistics alone`), `head`, and value, low and

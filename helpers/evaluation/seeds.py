@@ -37,10 +37,7 @@ def method_means(
 ) -> pd.DataFrame:
     """Test metrics of every method: mean over its seeds.
 
-    Args:
-        runs: by method and seed.
-        draws: `test_draws` of each.
-        metrics: names in METRICS.
+    From runs by method and seed and their `draws_of`.
 
     Returns:
         `method`, `metric`, `seeds` (their number), `value` (mean over seeds), `low` and `high`
@@ -76,10 +73,7 @@ def method_gains(
 ) -> pd.DataFrame:
     """Every pair of methods on the same test images: mean difference over the seeds of both.
 
-    Args:
-        runs: by method and seed.
-        draws: `test_draws` of each.
-        metric: a name in METRICS.
+    From runs by method and seed and their `draws_of`.
 
     Returns:
         `first`, `second`, `seeds`, `value` (second - first), `low` and `high` (95 % interval,

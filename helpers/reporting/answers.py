@@ -56,14 +56,9 @@ def comparison_answers(
     shortcuts: pd.DataFrame,
     by_blocks: dict[tuple[str, int], Run],
 ) -> dict[str, str]:
-    """Question -> answer, from the records of a comparison.
+    """Question -> answer, from the main runs of a comparison, by method and seed.
 
-    Args:
-        config: of the comparison.
-        runs: the main runs, by method and seed.
-        draws: `test_draws` of each.
-        shortcuts: of `robustness.shortcut_check`, on LoRA or the last method that is compared.
-        by_blocks: of `comparison.block_runs`.
+    With their `draws_of`, the `shortcut_check` of LoRA or the last method, and the `block_runs`.
     """
     gains = method_gains(runs, draws)
     first = first_seed(runs)
@@ -123,11 +118,8 @@ def listed(said: dict[str, str]) -> str:
 def head_answer(means: pd.DataFrame, name: str, baseline: float, gain: dict[str, float]) -> str:
     """Whether a trained head is good: against the strongest baseline that knows no shapes.
 
-    Args:
-        means: of `seeds.method_means`, with head_only's accuracy and AUROC.
-        name: of the baseline.
-        baseline: its AUROC.
-        gain: of `seeds.gain_over`, the head's AUROC against the baseline's.
+    From `seeds.method_means` with head_only's accuracy and AUROC, the name and AUROC of the
+    baseline, and the head's gain over it (`seeds.gain_over`).
     """
     rows = means[means.method == "head_only"].set_index("metric")
     verdict = "Yes" if gain["low"] > 0 else "No, it is worse" if gain["high"] < 0 else "Not clearly"
@@ -139,13 +131,7 @@ def head_answer(means: pd.DataFrame, name: str, baseline: float, gain: dict[str,
 
 
 def gain_answer(gains: pd.DataFrame, first: str, second: str) -> str:
-    """Whether one method improves on another.
-
-    Args:
-        gains: of `seeds.method_gains`.
-        first: the method compared with.
-        second: the method asked about.
-    """
+    """Whether the second method improves on the first, from `seeds.method_gains`."""
     rows = gains[(gains["first"] == first) & (gains["second"] == second)]
     if rows.empty:
         return f"This run does not compare {second} with {first}."
@@ -179,11 +165,7 @@ def signed(entry, digits: int) -> str:
 
 
 def place_answer(predictions: pd.DataFrame) -> str:
-    """How sure an accuracy is over places, and how it differs between them; empty without groups.
-
-    Args:
-        predictions: of the test split of a run.
-    """
+    """How sure a run's test accuracy is over places, and how it differs between them."""
     if (predictions.group == "").any():
         return "The data name no groups."
     by_chip, by_place = accuracy_intervals(predictions)
@@ -221,12 +203,9 @@ def shortcut_answer(table: pd.DataFrame) -> str:
 
 
 def cost_answer(costs: pd.DataFrame, hours: pd.Series, record: dict) -> str:
-    """Whether a method can be used on a full data set: hours over a million chips.
+    """Whether a method can be used on a full data set: hours over a million chips, by method.
 
-    Args:
-        costs: of `comparison.cost_table`.
-        hours: per pass over a million chips, by method (`comparison.full_set_cost`).
-        record: of a run on the machine that took the times.
+    From `comparison.cost_table`, `full_set_cost`, and the record of a run on the same machine.
     """
     machine = record["environment"]["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}"
@@ -241,12 +220,7 @@ def cost_answer(costs: pd.DataFrame, hours: pd.Series, record: dict) -> str:
 
 
 def form_answer(summary: pd.DataFrame, name: str) -> str:
-    """Which form to deploy.
-
-    Args:
-        summary: of `decision.summarise`, by variant.
-        name: of the recommended variant.
-    """
+    """What the recommended form is worth, from `decision.summarise` by variant."""
     eager, best, times = summary.loc[REFERENCE], summary.loc[name], speedups(summary).loc[name]
 
     def as_fast(column: str) -> str:
@@ -337,12 +311,9 @@ def energy_sentence(benchmark: Benchmark) -> str:
 
 
 def map_answer(record: dict, quality: pd.DataFrame | None, positive: str) -> str:
-    """What a map says, and how often it is right where people drew something to compare with.
+    """What a map's record says of a class, and how often the map is right (`map_quality`).
 
-    Args:
-        record: of `mapping.map_scene`.
-        quality: of `ground_truth.map_quality`, or None without a reference.
-        positive: the class whose share is said.
+    Quality is None where people drew nothing to compare with.
     """
     counts = record["counts"]
     answered, rate = sum(counts["classes"].values()), record["config"]["error_rate"]

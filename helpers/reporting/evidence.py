@@ -82,12 +82,8 @@ def methods_of(evidence: Evidence) -> list[str]:
 def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict) -> tuple:
     """A task's row of the README's table: AUROC, bold where it is clearly ahead of the head.
 
-    Args:
-        name: of the task, and whether the backbone has seen it.
-        chips: of the test split.
-        trivial: name and metrics of the strongest baseline that knows no shapes.
-        means: name in HEADLINE -> row of `seeds.method_means`.
-        gains: the same -> row of `seeds.method_gains` over the head.
+    From the number of test chips, the strongest baseline that knows no shapes (name, metrics), and
+    by name in HEADLINE the rows of `seeds.method_means` and of `method_gains` over the head.
     """
     cells = []
     for method in HEADLINE:
@@ -101,12 +97,7 @@ def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict
 
 
 def headline_table(found: dict[str, Evidence], others: dict[str, tuple]) -> str:
-    """AUROC of every task and method.
-
-    Args:
-        found: evidence by task.
-        others: `headline_row` of tasks that have no evidence yet, by name.
-    """
+    """AUROC of every task and method; `others` are rows of tasks that have no evidence yet."""
     rows = dict(others)
     for name, evidence in found.items():
         means = {row["method"]: row for row in _summary(evidence, "means", metric="auroc")}

@@ -32,19 +32,12 @@ _BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 @dataclass(frozen=True)
 class Features:
-    """Features of one split.
+    """Features of one split."""
 
-    Args:
-        values: (views, N, 5 * width) float32, see `Classifier.features`.
-        targets: (N,) int64.
-        seconds: wall time of the forward pass that computed them, decoding included.
-        from_cache: whether this call read them instead of computing them.
-    """
-
-    values: Tensor
-    targets: Tensor
-    seconds: float
-    from_cache: bool
+    values: Tensor  # (views, N, 5 * width) float32, see `Classifier.features`
+    targets: Tensor  # (N,) int64
+    seconds: float  # of the forward pass that computed them, decoding included
+    from_cache: bool  # whether this call read them instead of computing them
 
 
 @contextmanager

@@ -42,23 +42,17 @@ WEIGHTS, ADAPTER = "model_final.safetensors", "adapter"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run.
+    """A finished training run; without classifier and adapter where records alone were read.
 
-    Args:
-        classifier: on the CPU, with the weights of the best epoch, an adapter merged into them;
-            None for a run read from its records alone.
-        adapter: the same unmerged, for the methods of PEFT.
-        history: one row per epoch of the chosen candidate (`progress.HISTORY_COLUMNS`).
-        predictions: one row per validation and test chip: split, img_path, group, label, target,
-            predicted and the probability of each class, `p_<class>` (float32).
-        record: what the run's JSON holds.
+    Predictions have a row per validation and test chip: split, img_path, group, label, target,
+    predicted and the probability of each class, `p_<class>` (float32).
     """
 
-    classifier: Classifier | None
-    adapter: PeftModel | None
-    history: pd.DataFrame
+    classifier: Classifier | None  # on the CPU, of the best epoch, an adapter merged
+    adapter: PeftModel | None  # the same unmerged, for the methods of PEFT
+    history: pd.DataFrame  # an epoch of the chosen candidate a row (`progress.HISTORY_COLUMNS`)
     predictions: pd.DataFrame
-    record: dict[str, Any]
+    record: dict[str, Any]  # what the run's JSON holds
 
     @property
     def candidates(self) -> pd.DataFrame:

@@ -196,13 +196,10 @@ def _calibration_error(targets, probabilities, weights) -> np.ndarray:
     """Sum over bins of |sum of weighted (correct - confidence)|, shape (draws,)."""
     confidence = probabilities.max(axis=1)
     gap = (probabilities.argmax(axis=1) == targets) - confidence
-    in_bin = _bin_of(confidence)[:, None] == np.arange(_BINS)
+    # Bin k holds (k / 15, (k + 1) / 15].
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    in_bin = bins[:, None] == np.arange(_BINS)
     return np.abs(weights @ (gap[:, None] * in_bin)).sum(axis=1)
-
-
-def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    """Index of the equal-width bin (k / 15, (k + 1) / 15] that holds each confidence."""
-    return np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
 
 
 def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:

@@ -28,12 +28,6 @@ from helpers.training.runs import metric_entries, predictions_table
 from helpers.training.setup import new_classifier, split_features
 
 
-def majority_probabilities(train_targets: np.ndarray, n: int, n_classes: int) -> np.ndarray:
-    """Class frequencies of the training split for each of n images, (n, classes)."""
-    frequencies = np.bincount(train_targets, minlength=n_classes) / len(train_targets)
-    return np.tile(frequencies, (n, 1))
-
-
 def colour_statistics(dataset: ChipDataset) -> np.ndarray:
     """Mean, standard deviation and 10/50/90 % quantiles per band of each chip, (N, 5 * bands).
 
@@ -135,9 +129,9 @@ def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str,
         pass  # none yet, or damaged
     report("baselines: class frequencies, colour and acquisition statistics ...")
     train, test = (data.dataset(split, config.image_size) for split in ("train", "test"))
-    targets = train.targets.numpy()
+    frequencies = np.bincount(train.targets.numpy(), minlength=len(data.classes)) / len(train)
     probabilities = {
-        "majority class": majority_probabilities(targets, len(test), len(data.classes)),
+        "majority class": np.tile(frequencies, (len(test), 1)),
         "colour statistics": statistics_probe(colour_statistics, train, test),
         "acquisition statistics": statistics_probe(acquisition_statistics, train, test),
     }

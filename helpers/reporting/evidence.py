@@ -74,11 +74,6 @@ def _name(evidence: Evidence) -> str:
     return f"{evidence.record['task']}, {seen}"
 
 
-def methods_of(evidence: Evidence) -> list[str]:
-    """Rows of the table, in order."""
-    return list(dict.fromkeys(row["method"] for row in evidence.record["summary"]["means"]))
-
-
 def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict) -> tuple:
     """A task's row of the README's table: AUROC, bold where it is clearly ahead of the head.
 
@@ -118,7 +113,7 @@ def tasks_table(found: dict[str, Evidence]) -> str:
         name, trivial = strongest_baseline(record["baselines"])
         cells = [with_group_interval(trivial[metric]) for metric in ("accuracy", "auroc")]
         lines.append((_name(evidence), name, *cells, *"------"))
-        for method in methods_of(evidence):
+        for method in dict.fromkeys(row["method"] for row in _summary(evidence, "means")):
             tests = [
                 _summary(evidence, "means", method=method, metric=metric)[0]
                 for metric in ("accuracy", "auroc")

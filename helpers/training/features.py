@@ -24,18 +24,16 @@ from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole, written_whole_folder
 from helpers.training.cache import entry_folder, read_seconds, write_record
-from helpers.training.examples import batches, dihedral
+from helpers.training.examples import FeatureExamples, batches, dihedral
 from helpers.training.processes import fast_products, several
 
 _BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features of one split."""
+class Features(FeatureExamples):
+    """Features (views, N, 5 * width) float32 of one split, see `Classifier.features`."""
 
-    values: Tensor  # (views, N, 5 * width) float32, see `Classifier.features`
-    targets: Tensor  # (N,) int64
     seconds: float  # of the forward pass that computed them, decoding included
     from_cache: bool  # whether this call read them instead of computing them
 

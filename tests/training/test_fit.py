@@ -164,8 +164,8 @@ def test_a_sweep_gives_each_head_what_it_gets_alone():
                     "weight_decay": row.weight_decay,
                 }
             ],
-            FeatureExamples(train.values, train.targets),
-            FeatureExamples(valid.values, valid.targets),
+            train,
+            valid,
             FitSettings(config.epochs, config.patience, config.batch_size, seed=config.seed),
             accelerator=fresh_accelerator("cpu"),
             report=lambda line: None,

@@ -81,9 +81,9 @@ class Variant:
 
 
 def load(variant: Variant, threads: int, device: str = "cpu") -> Predict:
-    """Load a variant and return its predict function, which takes so many threads on a CPU.
+    """Load a variant and return its predict function, which uses so many threads of a CPU.
 
-    Only PyTorch variants know another device than `cpu`.
+    PyTorch variants alone know another device than `cpu`.
 
     Raises:
         InputError: the runtime is not installed.

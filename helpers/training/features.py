@@ -143,7 +143,8 @@ def cached_features(
     mapped = 4 * np.prod(shape) > memory_limit_bytes
     found = _read_entry(entry, shape, dataset.targets, mapped)
     processes = several()
-    if all(gather_object([found is not None])) if processes else found is not None:
+    complete = all(gather_object([found is not None])) if processes else found is not None
+    if complete:
         return found
     if processes:
         _share_out(classifier, dataset, entry, shape, processes, **options)

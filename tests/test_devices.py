@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from helpers.evaluation import inspection, robustness
-from helpers.training.config import RunConfig
 from helpers.training.features import extract_features
 from helpers.training.methods import train, training_loop
 from helpers.training.processes import processes
 from tests.fake_data import manifest_folder
 from tests.fake_gpu import fake_gpu
 from tests.models.parity import tiny_architectures, tiny_classifier
+from tests.training.short_run import config_for
 
 SIZE = 28
 
@@ -25,22 +25,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def config(root, tmp_path):
-    def make(**parameters):
-        options = {
-            "data_path": str(root),
-            "weights": "random",
-            "backbone": "dinov2_vits14",
-            "image_size": SIZE,
-            "learning_rates": (1e-3,),
-            "weight_decays": (0.0,),
-            "epochs": 1,
-            "batch_size": 12,
-            "device": "cuda",
-            "output_path": str(tmp_path),
-        }
-        return RunConfig.checked(**options | parameters)
-
-    return make
+    options = {"backbone": "dinov2_vits14", "image_size": SIZE, "learning_rates": 1e-3,
+               "weight_decays": 0.0, "epochs": 1, "batch_size": 12, "device": "cuda"}  # fmt: skip
+    return lambda **parameters: config_for(root, tmp_path, **options | parameters)
 
 
 @pytest.fixture(scope="module")
@@ -105,24 +92,15 @@ def test_chips_lie_on_the_gpu_where_it_holds_them(config, data, classifiers, fre
 
 
 def test_a_process_computes_where_each_run_says(gpu):
-    assert [processes(name).device.type for name in ("cpu", "cuda", "cpu")] == [
-        "cpu",
-        "cuda",
-        "cpu",
-    ]
+    names = ["cpu", "cuda", "cpu"]
+    assert [processes(name).device.type for name in names] == names
 
 
 @pytest.mark.parametrize("start", ["cpu", "cuda"])
 def test_features_are_computed_there_and_nothing_stays(gpu, classifiers, data, start):
     classifier = copy.deepcopy(classifiers[SIZE]).to(start)
-    found = extract_features(
-        classifier,
-        data.dataset("train", SIZE),
-        device="cuda",
-        views=2,
-        batch_size=5,
-        precision="bf16",
-    )
+    options = {"device": "cuda", "views": 2, "batch_size": 5, "precision": "bf16"}
+    found = extract_features(classifier, data.dataset("train", SIZE), **options)
     assert gpu.products > 0 and found.values.device.type == "cpu"
     assert devices(classifier) == {start}
 

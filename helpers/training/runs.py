@@ -112,18 +112,11 @@ def finished_run(
     probabilities: dict[str, Tensor],
     digest: str,
 ) -> Run:
-    """Gather what a run leaves behind.
+    """Gather what a run with a resolved configuration leaves behind.
 
-    Args:
-        config: resolved.
-        data: that it was trained on.
-        classifier: of the best epoch; it is moved to the CPU.
-        adapter: of a method of PEFT, on the CPU.
-        progress: at the end of the fit.
-        candidates: the sweep's parameters, one row a candidate; how each ended is added.
-        parameters: counts by name.
-        probabilities: (n, classes) of the splits valid and test.
-        digest: of the backbone's weights before training.
+    The classifier, of the best epoch, is moved to the CPU, where an adapter is. `candidates` are
+    the sweep's parameters, one row each; how each ended is added. `probabilities` (n, classes) are
+    those of the splits valid and test, `digest` is of the backbone's weights before training.
     """
     predictions = predictions_table(data, probabilities)
     history = progress.history(progress.best)

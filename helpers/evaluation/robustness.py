@@ -23,7 +23,6 @@ from helpers.metrics import exact_interval, metric_columns
 from helpers.models.classifier import Classifier, head_columns
 from helpers.training.examples import batches
 from helpers.training.features import evaluated_on
-from helpers.training.runs import metric_entries
 
 _SHOWN = ("accuracy", "auroc")
 _REFITTED_ON = 2000  # training chips at most, evenly spaced
@@ -70,15 +69,6 @@ def place_coordinates(manifest: pd.DataFrame) -> pd.DataFrame:
     on_earth = (degrees.abs() <= pd.Series(_DEGREES)).all(axis=None)
     places = degrees.groupby(test["group"]).mean().reset_index()
     return places if on_earth else places[:0]
-
-
-def accuracy_intervals(predictions: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Accuracy as `value, low, high`, first drawing chips, then drawing whole groups."""
-    entry = metric_entries(predictions)["accuracy"]
-    return tuple(
-        pd.Series({"value": entry["value"], "low": entry[low], "high": entry[high]})
-        for low, high in (("low", "high"), ("group_low", "group_high"))
-    )
 
 
 def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:

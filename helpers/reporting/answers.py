@@ -18,12 +18,7 @@ from helpers.evaluation.baselines import (
     strongest_baseline,
 )
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
-from helpers.evaluation.robustness import (
-    ACQUISITION_ALONE,
-    SMALL_PLACE,
-    accuracy_by_group,
-    accuracy_intervals,
-)
+from helpers.evaluation.robustness import ACQUISITION_ALONE, SMALL_PLACE, accuracy_by_group
 from helpers.evaluation.seeds import (
     Draws,
     draws_of,
@@ -35,7 +30,7 @@ from helpers.evaluation.seeds import (
 from helpers.metrics import with_interval
 from helpers.records import environment
 from helpers.training.config import RunConfig, TrainingConfig
-from helpers.training.runs import Run
+from helpers.training.runs import Run, metric_entries
 
 MATTERS = 0.001
 """A mean difference of AUROC below this is not worth a second method, however certain it is: on
@@ -168,17 +163,17 @@ def place_answer(predictions: pd.DataFrame) -> str:
     """How sure a run's test accuracy is over places, and how it differs between them."""
     if (predictions.group == "").any():
         return "The data name no groups."
-    by_chip, by_place = accuracy_intervals(predictions)
-    places = accuracy_by_group(predictions)
+    entry, places = metric_entries(predictions)["accuracy"], accuracy_by_group(predictions)
+    low, high = entry["group_low"], entry["group_high"]
     right = predictions.predicted == predictions.target
     largest = predictions.group.isin(places.group.head(2))
     worst = places[places.chips >= SMALL_PLACE]
     row = worst.loc[worst.accuracy.idxmin()] if len(worst) else None
     return (
-        f"Accuracy {with_interval(by_chip)} over chips becomes [{by_place.low:.3f}, "
-        f"{by_place.high:.3f}] when whole places are drawn ({len(places)}). The two largest hold "
-        f"{largest.mean():.0%} of the chips: accuracy {right[largest].mean():.3f} there, "
-        f"{right[~largest].mean():.3f} elsewhere, {places.accuracy.mean():.3f} averaged over places"
+        f"Accuracy {with_interval(entry)} over chips becomes [{low:.3f}, {high:.3f}] when whole "
+        f"places are drawn ({len(places)}). The two largest hold {largest.mean():.0%} of the "
+        f"chips: accuracy {right[largest].mean():.3f} there, {right[~largest].mean():.3f} "
+        f"elsewhere, {places.accuracy.mean():.3f} averaged over places"
         + (f"; worst {row.accuracy:.3f} ({row.group}, {row.chips} chips)." if len(worst) else ".")
     )
 

@@ -29,8 +29,7 @@ from helpers.training.setup import new_classifier
 
 def auroc(targets: np.ndarray, probabilities: np.ndarray) -> float:
     """AUROC of probabilities (N, classes)."""
-    weights = np.ones((1, len(targets)))
-    return float(weighted_metrics(targets, probabilities, weights)["auroc"][0])
+    return float(weighted_metrics(targets, probabilities)["auroc"][0])
 
 
 def optimizer_and_schedule(model: torch.nn.Module, config: RunConfig, images: int):

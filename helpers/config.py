@@ -48,7 +48,7 @@ class Config(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            first = {e["loc"][0]: e for e in reversed(error.errors())}  # one message a parameter
+            first = {e["loc"][:1]: e for e in reversed(error.errors())}  # one message a parameter
             raise InputError("; ".join(_problem(cls, e) for e in first.values())) from None
 
     @classmethod
@@ -162,11 +162,13 @@ def _default(value) -> str:
 
 
 def _problem(cls: type[Config], error) -> str:
+    what = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # of parameters together
+        return what
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         return f"{name}: unknown parameter; the parameters are {', '.join(cls.model_fields)}"
     if error["type"] == "missing":
         return f"{name}: is needed; --help says what it is"
-    what = error["msg"].removeprefix("Value error, ")
     given = repr(error["input"])
     return f"{name}: {what} (got {given if len(given) <= 200 else given[:200] + ' ...'})"

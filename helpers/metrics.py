@@ -54,17 +54,17 @@ def evaluate(
         and `group_high`; and `undefined`: how many of the draws (of groups, where there are some)
         have no value, since only one class was drawn. They are left out of the interval.
     """
-    values = weighted_metrics(targets, probabilities, np.ones((1, len(targets))))
-    table = pd.DataFrame({"value": {name: values[name][0] for name in METRICS}})
-    units = {"": None}
+
+    def ends(units: np.ndarray | None) -> pd.DataFrame:
+        draws = metric_draws(targets, probabilities, resamples, seed, units)
+        return pd.DataFrame([interval(draws[name]) for name in METRICS], METRICS)
+
+    table = ends(None)
     if groups is not None and (np.asarray(groups) != "").all():
-        units["group_"] = groups
-    for prefix, unit in units.items():
-        draws = bootstrap_metrics(targets, probabilities, resamples, seed, unit)
-        ends = {name: np.nanpercentile(draws[name], [2.5, 97.5]) for name in METRICS}
-        table[[f"{prefix}low", f"{prefix}high"]] = pd.DataFrame(ends).T
-    table["undefined"] = [int(np.isnan(draws[name]).sum()) for name in METRICS]
-    return table.rename_axis("metric")
+        of_groups = ends(groups)
+        table["group_low"], table["group_high"] = of_groups.low, of_groups.high
+        table["undefined"] = of_groups.undefined
+    return table[[*table.columns.drop("undefined"), "undefined"]].rename_axis("metric")
 
 
 def metric_columns(
@@ -79,14 +79,14 @@ def metric_columns(
     }
 
 
-def bootstrap_metrics(
+def metric_draws(
     targets: np.ndarray,
     probabilities: np.ndarray,
     resamples: int = 2000,
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Metric name -> its value in every bootstrap resample, shape (resamples,).
+    """Metric name -> (1 + resamples,): the metric, then its value in every bootstrap resample.
 
     With groups (N,), the name of each image's place or scene, whole groups are drawn instead of
     images (cluster bootstrap, Field and Welsh 2007): neighbouring chips are not independent, and
@@ -99,35 +99,46 @@ def bootstrap_metrics(
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     units = unit.max() + 1
     block = max(1, _BLOCK // n)
-    parts = [
-        weighted_metrics(
-            targets,
-            probabilities,
-            rng.multinomial(units, np.full(units, 1 / units), size=min(block, resamples - start))[
-                :, unit
-            ],
-        )
-        for start in range(0, resamples, block)
-    ]
+    parts = [weighted_metrics(targets, probabilities)]
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        counts = rng.multinomial(units, np.full(units, 1 / units), size)
+        parts.append(weighted_metrics(targets, probabilities, counts[:, unit]))
     return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
 
 
+def interval(draws: np.ndarray) -> dict[str, float]:
+    """`value`, 95 % percentile interval `low, high`, and how many draws are `undefined` (NaN).
+
+    `draws` (1 + resamples,) are a number and its value in every resample, as of `metric_draws`.
+    """
+    low, high = np.nanpercentile(draws[1:], [2.5, 97.5])
+    undefined = int(np.isnan(draws[1:]).sum())
+    return {"value": draws[0], "low": low, "high": high, "undefined": undefined}
+
+
+def exact_interval(hits: np.ndarray | pd.Series) -> dict[str, float]:
+    """Exact 95 % interval `low, high` of a share, from booleans (Clopper and Pearson 1934)."""
+    found = binomtest(int(hits.sum()), len(hits)).proportion_ci()
+    return {"low": found.low, "high": found.high}
+
+
 def weighted_metrics(
-    targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
+    targets: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """Metrics under several weightings of the images at once.
 
     Args:
         targets: (N,) class indices.
         probabilities: (N, classes).
-        weights: (draws, N) weight of each image.
+        weights: (draws, N) weight of each image; None for one draw of all alike.
 
     Returns:
         Metric name -> (draws,).
     """
     targets, probabilities = np.asarray(targets), np.asarray(probabilities, dtype=np.float64)
     n_classes = probabilities.shape[1]
-    weights = weights.astype(np.float64)
+    weights = np.ones((1, len(targets))) if weights is None else weights.astype(np.float64)
     total = weights.sum(axis=1)
     predicted = probabilities.argmax(axis=1)
     scored = [1] if n_classes == 2 else range(n_classes)
@@ -185,22 +196,16 @@ def _calibration_error(targets, probabilities, weights) -> np.ndarray:
     """Sum over bins of |sum of weighted (correct - confidence)|, shape (draws,)."""
     confidence = probabilities.max(axis=1)
     gap = (probabilities.argmax(axis=1) == targets) - confidence
-    in_bin = _bin_of(confidence)[:, None] == np.arange(_BINS)
+    # Bin k holds (k / 15, (k + 1) / 15].
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    in_bin = bins[:, None] == np.arange(_BINS)
     return np.abs(weights @ (gap[:, None] * in_bin)).sum(axis=1)
-
-
-def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    """Index of the equal-width bin (k / 15, (k + 1) / 15] that holds each confidence."""
-    return np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
 
 
 def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Exact McNemar test of two models' decisions on the same images (McNemar 1947).
 
-    Args:
-        targets: (N,) class indices.
-        first: (N,) predicted classes of one model.
-        second: (N,) predicted classes of the other.
+    All three are class indices (N,).
 
     Returns:
         `only_first` and `only_second`: images that only one of them has right; `p_value` of the
@@ -222,34 +227,18 @@ def paired_difference(
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Difference of a metric between two models, second - first, on the same images.
+    """`interval` of the difference of a metric between two models, second - first.
 
-    The interval comes from resamples in which both models see the same drawn images.
-
-    Args:
-        targets: (N,) class indices.
-        first: (N, classes) probabilities of one model.
-        second: (N, classes) probabilities of the other.
-        metric: a name in METRICS.
-        resamples: number of bootstrap draws.
-        seed: of the draws.
-        groups: as in `bootstrap_metrics`.
-
-    Returns:
-        `value`, `low` and `high` of the 95 % percentile interval, and `undefined` as in `evaluate`.
+    Both see the same images in every resample. Targets (N,) are class indices, `first` and `second`
+    probabilities (N, classes), the others as in `metric_draws`.
     """
-    ones = np.ones((1, len(targets)))
-    values = [weighted_metrics(targets, p, ones)[metric][0] for p in (first, second)]
-    draws = [
-        bootstrap_metrics(targets, p, resamples, seed, groups)[metric] for p in (first, second)
-    ]
-    differences = draws[1] - draws[0]
-    low, high = np.nanpercentile(differences, [2.5, 97.5])
-    undefined = int(np.isnan(differences).sum())
-    return {"value": values[1] - values[0], "low": low, "high": high, "undefined": undefined}
+    one, other = (
+        metric_draws(targets, p, resamples, seed, groups)[metric] for p in (first, second)
+    )
+    return interval(other - one)
 
 
-def over_seeds(runs: Sequence[np.ndarray], seed: int = 0) -> dict[str, float]:
+def over_seeds(runs: Sequence[np.ndarray]) -> dict[str, float]:
     """Mean of a number over runs that differ in their seed, with one interval for that mean.
 
     A resample draws images (or whole groups, the same for all runs) and runs, both with
@@ -258,14 +247,13 @@ def over_seeds(runs: Sequence[np.ndarray], seed: int = 0) -> dict[str, float]:
 
     Args:
         runs: one array (1 + resamples,) per seed: the number itself, then its value in every
-            bootstrap draw of images, as from `bootstrap_metrics` with equal seeds.
-        seed: of the draws of runs.
+            bootstrap draw of images, as from `metric_draws` with equal seeds.
 
     Returns:
         `value`, and `low` and `high` of the 95 % percentile interval.
     """
     table = np.stack(runs)
-    drawn = np.random.default_rng(seed).integers(len(table), size=(len(table), table.shape[1] - 1))
+    drawn = np.random.default_rng(0).integers(len(table), size=(len(table), table.shape[1] - 1))
     means = np.take_along_axis(table[:, 1:], drawn, axis=0).mean(axis=0)
     low, high = np.nanpercentile(means, [2.5, 97.5])
     return {"value": float(table[:, 0].mean()), "low": float(low), "high": float(high)}
@@ -275,16 +263,15 @@ def reliability(targets: np.ndarray, probabilities: np.ndarray, bins: int = 10) 
     """Confidence and accuracy of the top class, in bins of equally many images by confidence.
 
     Returns:
-        One row per bin: `confidence` and `accuracy` (means), `low` and `high` (exact 95 % interval
-        of the accuracy, Clopper and Pearson 1934), `images`.
+        One row per bin: `confidence` and `accuracy` (means), `low` and `high` of the accuracy
+        (`exact_interval`), `images`.
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == targets
     rows = []
     for images in np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(targets))):
-        interval = binomtest(int(right[images].sum()), len(images)).proportion_ci()
         means = {"confidence": confidence[images].mean(), "accuracy": right[images].mean()}
-        rows.append(means | {"low": interval.low, "high": interval.high, "images": len(images)})
+        rows.append(means | exact_interval(right[images]) | {"images": len(images)})
     return pd.DataFrame(rows)
 
 

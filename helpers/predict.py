@@ -33,7 +33,7 @@ def predict(config: PredictConfig) -> list[Path]:
     if inputs.kind == "chips":
         if config.engine != "local":
             raise InputError(f"engine: {config.engine} maps scenes; chips are predicted locally")
-        return score_chips(scorer, rule, inputs, config)[1]
+        return score_chips(scorer, rule, inputs, config)
     output = without_suffix(config.output)
     names = [Path(name).with_suffix("") for name in inputs.names]
     if len(set(names)) < len(names):

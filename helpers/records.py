@@ -244,11 +244,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes(device) -> int:
-    """Most memory in use since `reset_peak_memory`: allocated by torch on a GPU, else resident.
-
-    Args:
-        device: a `torch.device` or its name.
-    """
+    """Most memory in use since `reset_peak_memory`: allocated by torch on a GPU, else resident."""
     if str(device).startswith("cuda"):
         import torch
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import pytest
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from helpers.config import Config, Places, folder_field
 from tests.models.common import refusal
@@ -91,6 +91,21 @@ def test_all_wrong_parameters_are_named_at_once_and_each_once():
 )
 def test_one_value_stands_for_a_list_of_one(name, value, expected):
     assert getattr(Parameters.checked(**{name: value}), name) == expected
+
+
+class Bounds(Config):
+    low: int = Field(0, description="lower")
+    high: int = Field(1, description="upper")
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.low > self.high:
+            raise ValueError("low: lies above high")
+        return self
+
+
+def test_parameters_that_do_not_go_together_are_one_clear_error():
+    assert refusal(Bounds.checked, low=2) == "low: lies above high"
 
 
 def test_parameters_do_not_change_afterwards():

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from helpers.evaluation import inspection, robustness
-from helpers.training.config import RunConfig
 from helpers.training.features import extract_features
-from helpers.training.loop import Loop
 from helpers.training.methods import train, training_loop
 from helpers.training.processes import processes
 from tests.fake_data import manifest_folder
 from tests.fake_gpu import fake_gpu
 from tests.models.parity import tiny_architectures, tiny_classifier
+from tests.training.short_run import config_for
 
 SIZE = 28
 
@@ -26,18 +25,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def config(root, tmp_path):
-    return RunConfig(
-        data_path=str(root),
-        weights="random",
-        backbone="dinov2_vits14",
-        image_size=SIZE,
-        learning_rates=(1e-3,),
-        weight_decays=(0.0,),
-        epochs=1,
-        batch_size=12,
-        device="cuda",
-        output_path=str(tmp_path),
-    )
+    options = {"backbone": "dinov2_vits14", "image_size": SIZE, "learning_rates": 1e-3,
+               "weight_decays": 0.0, "epochs": 1, "batch_size": 12, "device": "cuda"}  # fmt: skip
+    return lambda **parameters: config_for(root, tmp_path, **options | parameters)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +44,7 @@ def gpu(classifiers):
 
 @pytest.fixture
 def data(config):
-    return config.data()
+    return config().data()
 
 
 def devices(module):
@@ -84,10 +74,8 @@ def test_the_fake_gpu_tells_devices_apart(gpu):
     [("head_only", "fp32"), ("lora", "bf16"), ("dora", "fp32"), ("full", "bf16")],
 )
 def test_every_method_trains_there_and_ends_on_the_cpu(gpu, config, data, method, precision):
-    parameters = config.model_dump(exclude={"learning_rate"})
-    parameters |= {"method": method, "precision": precision}
-    parameters["augment"] = method == "lora"
-    run = train(RunConfig.checked(**parameters), data, report=lambda line: None)
+    run_config = config(method=method, precision=precision, augment=method == "lora")
+    run = train(run_config, data, report=lambda line: None)
     assert gpu.products > 0
     assert devices(run.classifier) == {"cpu"}
     assert run.adapter is None or devices(run.adapter) == {"cpu"}
@@ -96,33 +84,23 @@ def test_every_method_trains_there_and_ends_on_the_cpu(gpu, config, data, method
 
 @pytest.mark.parametrize("free, place", [(10**9, "cuda"), (1, "cpu")])
 def test_chips_lie_on_the_gpu_where_it_holds_them(config, data, classifiers, free, place):
-    parameters = config.model_dump(exclude={"learning_rate"})
-    parameters |= {"method": "lora", "augment": True, "precision": "fp32"}
+    run_config = config(method="lora", augment=True, precision="fp32")
     with fake_gpu(free), tiny_architectures():
-        loop: Loop = training_loop(RunConfig.checked(**parameters), data)
+        loop = training_loop(run_config, data)
         assert loop.train.values.device.type == place
         assert loop.step(*loop.random_batch()).device.type == "cuda"
 
 
 def test_a_process_computes_where_each_run_says(gpu):
-    assert [processes(name).device.type for name in ("cpu", "cuda", "cpu")] == [
-        "cpu",
-        "cuda",
-        "cpu",
-    ]
+    names = ["cpu", "cuda", "cpu"]
+    assert [processes(name).device.type for name in names] == names
 
 
 @pytest.mark.parametrize("start", ["cpu", "cuda"])
 def test_features_are_computed_there_and_nothing_stays(gpu, classifiers, data, start):
     classifier = copy.deepcopy(classifiers[SIZE]).to(start)
-    found = extract_features(
-        classifier,
-        data.dataset("train", SIZE),
-        device="cuda",
-        views=2,
-        batch_size=5,
-        precision="bf16",
-    )
+    options = {"device": "cuda", "views": 2, "batch_size": 5, "precision": "bf16"}
+    found = extract_features(classifier, data.dataset("train", SIZE), **options)
     assert gpu.products > 0 and found.values.device.type == "cpu"
     assert devices(classifier) == {start}
 

@@ -1,6 +1,5 @@
 """The image of the service, without a Docker daemon: linted, complete, and no more than it says."""
 
-import ast
 import json
 import re
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from helpers.deployment.servers import ServerConfig
 from helpers.records import ROOT
-from tests.test_house import imports, module_name
+from tests.test_house import imported, imports, module_name
 
 TEXT = (ROOT / "Dockerfile").read_text()
 LINES = re.sub(r"\s*\\\n\s*", " ", TEXT).splitlines()
@@ -31,17 +30,8 @@ def installed():
     return {word for word in words if not word.startswith("-")}
 
 
-def third_party(source):
-    """Top-level names of what a module imports anywhere in it and is neither ours nor Python's."""
-    for node in ast.walk(ast.parse(source)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        tops = {name.split(".")[0] for name in names}
-        yield from tops - {"helpers"} - sys.stdlib_module_names
-
-
 def needed():
-    """What the modules behind `helpers.serve` import, at once or later."""
+    """Packages that the modules behind `helpers.serve` import, at once or later."""
     files = {module_name(path): path for path in (ROOT / "helpers").rglob("*.py")}
     waiting, seen, found = [SERVE_MODULE], set(), set()
     while waiting:
@@ -49,11 +39,11 @@ def needed():
         if module in files and module not in seen:
             seen.add(module)
             source = files[module].read_text()
-            found |= set(third_party(source))
+            found |= {name.split(".")[0] for name in imported(source)}
             waiting += [*imports(source), module.rpartition(".")[0]]
             waiting += [name.rpartition(".")[0] for name in imports(source)]
     assert len(seen) > 15 and SERVE_MODULE in seen
-    return found
+    return found - {"helpers"} - sys.stdlib_module_names
 
 
 def test_hadolint_finds_nothing():

@@ -44,17 +44,19 @@ def room(module):
     return "ground" if above in GROUND - {"helpers"} or first[0][0].isupper() else "commands"
 
 
-def imports(source):
-    """What of `helpers` a module imports anywhere in it, as full names."""
+def imported(source):
+    """What a module imports anywhere in it, as full names."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports name the house in full"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name for name in names if name.split(".")[0] == "helpers")
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(source):
+    """The same of `helpers` alone."""
+    return [name for name in imported(source) if name.split(".")[0] == "helpers"]
 
 
 def backward(source, module):

@@ -6,9 +6,9 @@ from sklearn import metrics as reference
 
 from helpers.metrics import (
     METRICS,
-    bootstrap_metrics,
     evaluate,
     mcnemar,
+    metric_draws,
     over_seeds,
     paired_difference,
     reliability,
@@ -56,9 +56,9 @@ def test_every_metric_agrees_with_scikit_learn(classes):
 
 def test_a_resample_is_the_metric_of_the_drawn_images():
     targets, probabilities = fake_predictions(n=60)
-    draws = bootstrap_metrics(targets, probabilities, resamples=20, seed=3)
+    draws = metric_draws(targets, probabilities, resamples=20, seed=3)
     weights = np.random.default_rng(3).multinomial(60, np.full(60, 1 / 60), size=20)
-    for i, counts in enumerate(weights):
+    for i, counts in enumerate(weights, start=1):
         rows = np.repeat(np.arange(60), counts)
         for name, value in sklearn_metrics(targets[rows], probabilities[rows]).items():
             assert draws[name][i] == pytest.approx(value, abs=1e-12), name
@@ -67,8 +67,8 @@ def test_a_resample_is_the_metric_of_the_drawn_images():
 def test_groups_are_drawn_whole():
     """Every image in a group of its own changes nothing; copies in one group add no certainty."""
     targets, probabilities = fake_predictions(n=60)
-    alone = bootstrap_metrics(targets, probabilities, 20, groups=np.arange(60))
-    for name, values in bootstrap_metrics(targets, probabilities, 20).items():
+    alone = metric_draws(targets, probabilities, 20, groups=np.arange(60))
+    for name, values in metric_draws(targets, probabilities, 20).items():
         np.testing.assert_array_equal(alone[name], values)
     copied = [np.repeat(part, 9, axis=0) for part in (targets, probabilities)]
     groups = np.repeat(np.arange(60).astype(str), 9)
@@ -99,7 +99,7 @@ def test_a_draw_without_one_of_several_classes_is_the_mean_over_the_others():
     targets, probabilities = fake_predictions(n=40, classes=3)
     targets[targets == 2] = 0
     targets[:2] = 2
-    draws = bootstrap_metrics(targets, probabilities, resamples=400, seed=3)
+    draws = metric_draws(targets, probabilities, resamples=400, seed=3)
     weights = np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=400)
     missing = np.flatnonzero(weights[:, :2].sum(axis=1) == 0)
     assert len(missing) > 20
@@ -107,14 +107,14 @@ def test_a_draw_without_one_of_several_classes_is_the_mean_over_the_others():
         assert np.isfinite(draws[name]).all()
     rows = np.repeat(np.arange(40), weights[missing[0]])
     expected = [reference.roc_auc_score(targets[rows] == c, probabilities[rows, c]) for c in (0, 1)]
-    assert draws["auroc"][missing[0]] == pytest.approx(np.mean(expected))
+    assert draws["auroc"][1 + missing[0]] == pytest.approx(np.mean(expected))
 
 
 def test_calibration_error_by_hand():
     # Two bins: 0.9 confident and right 1 of 2; 0.6 confident and right 2 of 2.
     probabilities = np.array([[0.1, 0.9], [0.1, 0.9], [0.4, 0.6], [0.6, 0.4]])
     targets = np.array([1, 0, 1, 0])
-    value = weighted_metrics(targets, probabilities, np.ones((1, 4)))["calibration_error"][0]
+    value = weighted_metrics(targets, probabilities)["calibration_error"][0]
     assert value == pytest.approx((abs(1 - 1.8) + abs(2 - 1.2)) / 4)
 
 
@@ -133,7 +133,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_one_class_alone_has_no_auroc():
     probabilities = np.array([[0.2, 0.8], [0.6, 0.4]])
-    value = weighted_metrics(np.array([1, 1]), probabilities, np.ones((1, 2)))["auroc"][0]
+    value = weighted_metrics(np.array([1, 1]), probabilities)["auroc"][0]
     assert np.isnan(value)
 
 

@@ -13,6 +13,7 @@ from helpers.reporting.results_table import comparison_rows, csv, evidence_rows,
 from tools.published import Published
 
 FIGURES = "reports/evidence/figures"
+NOTHING_YET = "No task has been run yet; `make evidence` does it."
 LINKS = {"hurricane_harvey": "hurricane_harvey/README.md", "example": "../docs/results.md"}
 
 
@@ -28,18 +29,17 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
     parts = {
         "when": evidence.when_lora_pays(found),
         "tasks": with_figure("methods", found, evidence.tasks_table(methods)),
-        "sentences": "\n".join(sentences) or evidence.NOTHING_YET,
+        "sentences": "\n".join(sentences),
         "ranks": evidence.ranks_table(found),
         "shares": with_figure("gain_by_chips", found, evidence.shares_table(found)),
         "mixed": evidence.random_split_table(found),
-        "where": "\n\n".join(picture(f"places_{name}") for name in places_of(found))
-        or evidence.NOTHING_YET,
-        "matched": "\n\n".join(matched) or evidence.NOTHING_YET,
+        "where": "\n\n".join(picture(f"places_{name}") for name in places_of(found)),
+        "matched": "\n\n".join(matched),
         "bands": evidence.bands_table({n: e for n, e in found.items() if n not in methods}),
         "rates": evidence.rates_table(found),
-        "sources": evidence.sources(found) or evidence.NOTHING_YET,
+        "sources": evidence.sources(found),
     }
-    return {"docs/evidence.md": parts}
+    return {"docs/evidence.md": {name: text or NOTHING_YET for name, text in parts.items()}}
 
 
 def of_methods(found: dict[str, Evidence]) -> dict[str, Evidence]:
@@ -66,8 +66,8 @@ def with_figure(name: str, found: dict[str, Evidence], table: str) -> str:
 
 def figures(found: dict[str, Evidence]) -> dict[str, pd.DataFrame]:
     """Name of a figure over all tasks -> what it draws, where there is something."""
-    means = evidence.means_of(of_methods(found))
-    tables = {"methods": means, "gain_by_chips": evidence.shares_of(found)}
+    means = evidence.over_tasks(of_methods(found), "means")
+    tables = {"methods": means, "gain_by_chips": evidence.over_tasks(found, "shares")}
     return {name: table for name, table in tables.items() if len(table)}
 
 

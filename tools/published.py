@@ -10,7 +10,7 @@ from papermill.iorw import read_yaml_file
 
 from helpers.evaluation import comparison
 from helpers.evaluation.baselines import read_baselines
-from helpers.evaluation.seeds import Draws, method_means, test_draws
+from helpers.evaluation.seeds import Draws, draws_of, method_means
 from helpers.records import ROOT
 from helpers.reporting import answers
 from helpers.training.runs import Run
@@ -55,7 +55,7 @@ class Published:
     @cached_property
     def draws(self) -> dict[tuple[str, int], Draws]:
         """Bootstrap draws of the test metrics of the main runs."""
-        return {pair: test_draws(run.test_predictions) for pair, run in self.runs.items()}
+        return draws_of(self.runs)
 
     @cached_property
     def means(self) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import pandas as pd
 from helpers.evaluation import comparison
 from helpers.evaluation.baselines import strongest_baseline
 from helpers.evaluation.evidence_records import Evidence, published_evidence
-from helpers.evaluation.seeds import method_gains, method_means, test_draws
+from helpers.evaluation.seeds import draws_of, method_gains, method_means
 from helpers.metrics import with_group_interval, with_interval
 from helpers.records import ROOT, written_whole
 from helpers.reporting import answers, comparison_plots, plots
@@ -111,7 +111,7 @@ def headline_of(data_set: Published, name: str) -> tuple:
     }
     runs = {("lora_last6" if m == "lora" else m, s): run for (m, s), run in data_set.runs.items()}
     runs |= by_blocks
-    draws = {pair: test_draws(run.test_predictions) for pair, run in runs.items()}
+    draws = draws_of(runs)
     means = method_means(runs, draws, ("auroc",)).set_index("method").to_dict("index")
     gains = method_gains(runs, draws)
     gains = gains[gains["first"] == "head_only"].set_index("second").to_dict("index")

@@ -99,11 +99,6 @@ def class_colours(classes: int) -> list[tuple[int, int, int]]:
     return [_COLOURS[i % len(_COLOURS)] for i in range(classes)]
 
 
-def map_transform(scene: Scene, grid: Grid) -> Affine:
-    """From (column, row) of cells to coordinates."""
-    return scene.transform @ Affine.scale(grid.stride)
-
-
 def write_map(
     path: Path,
     scene: Scene,
@@ -128,7 +123,7 @@ def write_map(
     rows, cols = grid.shape
     profile = {"driver": "GTiff", "height": rows, "width": cols, "count": len(bands),
                "dtype": "uint8", "nodata": NODATA, "crs": scene.crs, "bigtiff": "if_safer",
-               "transform": map_transform(scene, grid)}  # fmt: skip
+               "transform": scene.transform @ Affine.scale(grid.stride)}  # fmt: skip
     plain, cog = scratch / "plain.tif", scratch / "cog.tif"
     with rasterio.open(plain, "w", **profile) as raster:
         for block, values in blocks:

@@ -33,27 +33,16 @@ BLOCK_CELLS = 512  # a killed run loses the work on one block: seconds to minute
 
 @dataclass(frozen=True)
 class Scene:
-    """A georeferenced raster, north up; nothing but its header has been read.
+    """A georeferenced raster, north up; nothing but its header has been read."""
 
-    Args:
-        path: GeoTIFF, COG or VRT.
-        height: pixels.
-        width: pixels.
-        bands: how many, without an alpha band.
-        alpha: whether there is one besides.
-        dtype: of all bands.
-        crs: its coordinate reference system.
-        transform: from (column, row) to coordinates.
-    """
-
-    path: Path
-    height: int
+    path: Path  # GeoTIFF, COG or VRT
+    height: int  # pixels
     width: int
-    bands: int
-    alpha: bool
-    dtype: str
+    bands: int  # how many, without an alpha band
+    alpha: bool  # whether there is one besides
+    dtype: str  # of all bands
     crs: CRS
-    transform: Affine
+    transform: Affine  # from (column, row) to coordinates
 
     @property
     def metres_per_pixel(self) -> float | None:

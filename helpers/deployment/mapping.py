@@ -18,19 +18,14 @@ from helpers import InputError
 from helpers.console import progress_bar
 from helpers.data.cells import NODATA, PROBABILITY_STEP, BlockFiles, write_cells, write_map
 from helpers.data.example import CROWNS, SCENE
-from helpers.data.scenes import (
-    CACHE_BYTES,
-    Block,
-    Grid,
-    Scene,
-    open_scene,
-)
+from helpers.data.scenes import CACHE_BYTES, Block, Grid, Scene, open_scene
 from helpers.deployment.engines import Engine, engine_of
 from helpers.deployment.scoring import PredictConfig, Scorer
 from helpers.evaluation.calibration import UNSURE, AnswerRule
 from helpers.models.files import EXAMPLE_MODEL
 from helpers.records import environment, write_json
 
+REGIONS = (1, 100, 10_000)  # square kilometres, in `region_hours`
 RESOLUTION_TOLERANCE = 0.1  # pixels that differ by more show the ground at another scale
 # What belongs to one map; the record comes last and says that the others are whole.
 _ENDINGS = (".tif", ".tif.aux.xml", ".parquet", ".png", ".json")
@@ -92,18 +87,7 @@ def map_scene(
     Beside `<output>` appear a Cloud Optimized GeoTIFF of one pixel a cell (class, probabilities,
     and with an error rate whether the answer is unsure), a GeoParquet table of the cells, a
     picture and a record. A run that was killed goes on where it was and ends with the same files;
-    one that is finished is read.
-
-    Args:
-        scorer: the classifier.
-        rule: from its logits to answers.
-        path: the scene.
-        output: name of the results without a suffix.
-        config: windows, batches and whether results are replaced.
-        draw: makes the picture.
-
-    Returns:
-        The record and the files.
+    one that is finished is read. Returns the record and the files.
 
     Raises:
         InputError: a scene that cannot be used or has no data, other results under that name, an
@@ -298,26 +282,18 @@ class _Work:
             yield block, place.join(said).assign(data_share=share)
 
 
-def region_hours(
-    record: dict, metres_per_pixel: float, square_km: tuple[int, ...] = (1, 100, 10_000)
-) -> pd.DataFrame:
-    """What larger regions take at the rate of a map that was just made.
+def region_hours(record: dict, metres_per_pixel: float) -> pd.DataFrame:
+    """What larger regions take at the rate of a map that was just made, by its record.
 
-    Args:
-        record: of `map_scene`.
-        metres_per_pixel: of the scene.
-        square_km: areas of regions of the same resolution.
-
-    Returns:
-        One row a region: `square_km`, `megapixels`, `cells`, `hours`.
+    One row a region of the same resolution: `square_km`, `megapixels`, `cells`, `hours`.
     """
     rate = record["predicted_in_this_run"] / record["seconds_of_this_run"]
     side = record["cells"]["stride"] * metres_per_pixel
-    area = 1e6 * np.array(square_km, dtype=float)
+    area = 1e6 * np.array(REGIONS, dtype=float)
     cells = area / side**2
     return pd.DataFrame(
         {
-            "square_km": square_km,
+            "square_km": REGIONS,
             "megapixels": np.rint(area / metres_per_pixel**2 / 1e6).astype(int),
             "cells": np.rint(cells).astype(int),
             "hours": cells / rate / 3600,

@@ -81,12 +81,9 @@ class Variant:
 
 
 def load(variant: Variant, threads: int, device: str = "cpu") -> Predict:
-    """Load a variant and return its predict function.
+    """Load a variant and return its predict function, which uses so many threads of a CPU.
 
-    Args:
-        variant: its runtime must be installed.
-        threads: of one prediction on the CPU.
-        device: `cpu` or `cuda`; only PyTorch variants know another than `cpu`.
+    PyTorch variants alone know another device than `cpu`.
 
     Raises:
         InputError: the runtime is not installed.
@@ -336,13 +333,8 @@ def footprint(
 ) -> dict:
     """Memory and cold start of this process, which must be a fresh one.
 
-    Args:
-        variant: to load.
-        chips: (N, bands, S, S), repeated where a batch is larger.
-        batch_sizes: ascending.
-        threads: of one prediction.
-        device: `cpu` or `cuda`.
-        started: when the process was asked for, in seconds since the epoch.
+    Chips (N, bands, S, S) are repeated where a batch is larger; batch sizes ascend. The process was
+    asked for at `started`, in seconds since the epoch.
 
     Returns:
         `start_s` (from then to here), `load_s` (imports and files), `first_prediction_s`

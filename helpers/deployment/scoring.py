@@ -91,21 +91,13 @@ class PredictConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained classifier in any form, ready to predict.
+    """A trained classifier in any form, ready to predict."""
 
-    Args:
-        name: of its file or folder.
-        classifier: its configuration.
-        logits_of: chips (N, bands, S, S) -> logits (N, classes).
-        digest: SHA-256 of its files.
-        predictions: where its run keeps the predictions on the validation split.
-    """
-
-    name: str
+    name: str  # of its file or folder
     classifier: ClassifierConfig
     logits_of: Predict
-    digest: str
-    predictions: Path
+    digest: str  # SHA-256 of its files
+    predictions: Path  # where its run keeps the predictions on the validation split
 
     @property
     def chip_size(self) -> int:
@@ -216,19 +208,12 @@ def answer_rule(scorer: Scorer, config: ModelConfig) -> AnswerRule:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What shall be answered.
+    """What shall be answered."""
 
-    Args:
-        kind: `chips` or `scene`.
-        paths: the files, in order.
-        names: as the results call them.
-        several: whether a folder or a glob was given, whatever it holds.
-    """
-
-    kind: str
+    kind: str  # `chips` or `scene`
     paths: list[Path]
-    names: list[str]
-    several: bool
+    names: list[str]  # as the results call them
+    several: bool  # whether a folder or a glob was given, whatever it holds
 
 
 def find_inputs(scorer: Scorer, config: PredictConfig) -> Inputs:
@@ -313,13 +298,12 @@ def without_suffix(output: str) -> Path:
 
 def score_chips(
     scorer: Scorer, rule: AnswerRule, inputs: Inputs, config: PredictConfig
-) -> tuple[pd.DataFrame, list[Path]]:
+) -> list[Path]:
     """Answer chips and write `<output>.csv`, or Parquet where the suffix says so.
 
-    Returns:
-        One row a chip in the order of the input: img_path, label (the class), the probability of
-        each class, `p_<class>`, and answer (the class, or `unsure`); and the files. Chips that
-        cannot be read are listed with the reason in `<output>_skipped.csv`.
+    One row a chip in the order of the input: img_path, label (the class), the probability of each
+    class, `p_<class>`, and answer (the class, or `unsure`). Chips that cannot be read are listed
+    with the reason in `<output>_skipped.csv`. Returns the files.
 
     Raises:
         InputError: results that are there, no readable chip, or, with `on_unreadable="error"`, one
@@ -365,7 +349,7 @@ def score_chips(
     if reasons:
         with written_whole(skipped_file) as part:
             skipped.to_csv(part, index=False)
-    return table, [file, skipped_file] if reasons else [file]
+    return [file, skipped_file] if reasons else [file]
 
 
 def _chip_batches(

@@ -1,6 +1,7 @@
 """What a model must beat, and how good frozen features are: statistics of chips, probes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,6 @@ from helpers.training.config import RunConfig, TrainingConfig
 from helpers.training.examples import batches
 from helpers.training.runs import metric_entries, predictions_table
 from helpers.training.setup import new_classifier, split_features
-
-
-def majority_probabilities(train_targets: np.ndarray, n: int, n_classes: int) -> np.ndarray:
-    """Class frequencies of the training split for each of n images, (n, classes)."""
-    frequencies = np.bincount(train_targets, minlength=n_classes) / len(train_targets)
-    return np.tile(frequencies, (n, 1))
 
 
 def colour_statistics(dataset: ChipDataset) -> np.ndarray:
@@ -99,27 +94,25 @@ def strongest_statistic(statistics: np.ndarray, targets: np.ndarray) -> tuple[st
 
 
 def logistic_probe(train: np.ndarray, targets: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Class probabilities of a logistic regression on standardised features.
+    """Class probabilities (M, classes) of a logistic regression on standardised features.
 
-    Args:
-        train: (N, F).
-        targets: (N,).
-        test: (M, F).
-
-    Returns:
-        (M, classes).
+    Fitted on `train` (N, F) with `targets` (N,), asked for `test` (M, F).
     """
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     return probe.fit(train, targets).predict_proba(test)
 
 
+def statistics_probe(
+    statistics: Callable[[ChipDataset], np.ndarray], train: ChipDataset, test: ChipDataset
+) -> np.ndarray:
+    """`logistic_probe` on statistics of chips: class probabilities of the test chips."""
+    return logistic_probe(statistics(train), train.targets.numpy(), statistics(test))
+
+
 def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str, Any]:
     """What a model must beat on a data set: read where it is there, else computed and written.
 
-    Args:
-        config: for `history_path`, `image_size` and the name of the data.
-        data: with all its training chips.
-        report: receives one line.
+    Give the data with all their training chips.
 
     Returns:
         The record in `history_path/baselines_<data>.json`: `test`, with the metrics of `majority
@@ -136,15 +129,11 @@ def baselines(config: TrainingConfig, data: ChipData, report=print) -> dict[str,
         pass  # none yet, or damaged
     report("baselines: class frequencies, colour and acquisition statistics ...")
     train, test = (data.dataset(split, config.image_size) for split in ("train", "test"))
-    targets = train.targets.numpy()
+    frequencies = np.bincount(train.targets.numpy(), minlength=len(data.classes)) / len(train)
     probabilities = {
-        "majority class": majority_probabilities(targets, len(test), len(data.classes)),
-        "colour statistics": logistic_probe(
-            colour_statistics(train), targets, colour_statistics(test)
-        ),
-        "acquisition statistics": logistic_probe(
-            acquisition_statistics(train), targets, acquisition_statistics(test)
-        ),
+        "majority class": np.tile(frequencies, (len(test), 1)),
+        "colour statistics": statistics_probe(colour_statistics, train, test),
+        "acquisition statistics": statistics_probe(acquisition_statistics, train, test),
     }
     tables = {
         name: predictions_table(data, {"test": values}) for name, values in probabilities.items()
@@ -218,18 +207,10 @@ class ProbeConfig(Places, DataConfig):
 def knn_probe(
     train: np.ndarray, targets: np.ndarray, test: np.ndarray, neighbours: int
 ) -> np.ndarray:
-    """Class probabilities by the vote of the nearest training chips, weighted as in DINO.
+    """Class probabilities (M, classes) by the vote of the nearest training chips, as in DINO.
 
-    A neighbour of cosine similarity s votes with exp(s / 0.07).
-
-    Args:
-        train: (N, F).
-        targets: (N,).
-        test: (M, F).
-        neighbours: at most; all N of fewer.
-
-    Returns:
-        (M, classes).
+    A neighbour of cosine similarity s votes with exp(s / 0.07); of fewer chips than `neighbours`
+    all vote. Arrays as of `logistic_probe`.
     """
     knn = KNeighborsClassifier(
         min(neighbours, len(train)),
@@ -261,15 +242,12 @@ def probe(config: ProbeConfig, data: ChipData) -> pd.DataFrame:
     runs = [config.run()] + [config.run(weights="random")] * config.random_init
     predictions = {}
     for run in runs:
-        features = [frozen_features(run, data, split) for split in ("train", "valid")]
-        predictions[run.label, "logistic regression"] = logistic_probe(
-            features[0], targets, features[1]
-        )
-        predictions[run.label, f"{config.neighbours}-NN"] = knn_probe(
-            features[0], targets, features[1], config.neighbours
-        )
-    predictions["colour statistics", "logistic regression"] = logistic_probe(
-        colour_statistics(train), targets, colour_statistics(valid)
+        fitted, judged = (frozen_features(run, data, split) for split in ("train", "valid"))
+        predictions[run.label, "logistic regression"] = logistic_probe(fitted, targets, judged)
+        votes = knn_probe(fitted, targets, judged, config.neighbours)
+        predictions[run.label, f"{config.neighbours}-NN"] = votes
+    predictions["colour statistics", "logistic regression"] = statistics_probe(
+        colour_statistics, train, valid
     )
     return pd.DataFrame(
         {"features": features, "probe": method} | metric_columns(truth, probabilities, _SHOWN)

@@ -31,15 +31,12 @@ _SMALLEST_PROBABILITY = 1e-12  # float32 rounds to zero what was not; its logari
 class AnswerRule:
     """How logits become answers; the default is the most probable class, and never unsure.
 
-    Args:
-        temperature: logits are divided by it.
-        threshold: of two classes, from which probability the second is the answer.
-        quantile: a class belongs to the conformal set if 1 minus its probability is at most this;
-            None for no sets.
+    A class belongs to the conformal set if 1 minus its probability is at most `quantile`; None for
+    no sets.
     """
 
-    temperature: float = 1.0
-    threshold: float = 0.5
+    temperature: float = 1.0  # logits are divided by it
+    threshold: float = 0.5  # of two classes: from which probability the second is the answer
     quantile: float | None = None
 
     def __call__(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

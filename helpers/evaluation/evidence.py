@@ -71,12 +71,7 @@ class Collection:
     """The runs of one task: what is planned, what is done, and how long the rest takes."""
 
     def __init__(self, task: Task, output: str | Path, report: Callable[[str], None] = print):
-        """Check every row's parameters and the data; nothing is trained.
-
-        Args:
-            task: that the runs belong to.
-            output: its runs go to `<output>/<task>`.
-            report: receives the progress.
+        """Check every row's parameters and the data; runs will go to `<output>/<task>`.
 
         Raises:
             InputError: a parameter or the data cannot be used.
@@ -223,10 +218,7 @@ class Collection:
         return {t: run for t, run in self.runs.items() if self.rate(t.method) == t.rate}
 
     def collect(self, gather: Callable[["Collection"], None]) -> None:
-        """Do all runs that are missing.
-
-        Args:
-            gather: called after each stage with all that is done, to write the record.
+        """Do all runs that are missing; after each stage `gather` writes what is done.
 
         Raises:
             InputError: as `choose` and `jobs.finished`.

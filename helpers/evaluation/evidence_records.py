@@ -4,7 +4,6 @@ Tables, figures and sentences come from these two files alone.
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from helpers.evaluation.baselines import (
 from helpers.evaluation.evidence import Collection
 from helpers.evaluation.matching import imbalance, matched_pairs
 from helpers.evaluation.robustness import place_coordinates
-from helpers.evaluation.seeds import Draws, method_gains, method_means, test_draws
+from helpers.evaluation.seeds import Draws, draws_of, method_gains, method_means
 from helpers.evaluation.task import REFERENCE, Trial
 from helpers.metrics import over_seeds
 from helpers.models.adapters import PEFT_METHODS
@@ -36,15 +35,10 @@ TRIVIAL = ("majority class", "colour statistics", "acquisition statistics")  # k
 
 @dataclass(frozen=True)
 class Evidence:
-    """A task's record and predictions.
+    """A task's record and predictions."""
 
-    Args:
-        record: as JSON has it (`gather`).
-        predictions: as in a run's, with `run` and `pair` (of chips with a like acquisition).
-    """
-
-    record: dict[str, Any]
-    predictions: pd.DataFrame
+    record: dict[str, Any]  # as JSON has it (`gather`)
+    predictions: pd.DataFrame  # of all runs, with `run` and `pair` (chips of a like acquisition)
 
     @cached_property
     def _tables(self) -> dict[str, pd.DataFrame]:
@@ -88,20 +82,15 @@ def read_evidence(name: str, folder: Path = PUBLISHED) -> Evidence:
         raise InputError(f"{path}: no evidence ({error}); make evidence writes it") from error
 
 
-def published_evidence(folder: Path = PUBLISHED) -> dict[str, Evidence]:
+def published_evidence() -> dict[str, Evidence]:
     """The evidence on every task, by name."""
-    return {path.stem: read_evidence(path.stem, folder) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: read_evidence(path.stem) for path in sorted(PUBLISHED.glob("*.json"))}
 
 
 def gather(collection: Collection, folder: Path = PUBLISHED) -> Evidence:
-    """Write what a collection has done so far: `<task>.parquet`, then `<task>.json`.
+    """Write what a collection, its learning rates chosen, has done so far; return it.
 
-    Args:
-        collection: with its learning rates chosen.
-        folder: of the two files.
-
-    Returns:
-        What was written.
+    First `<task>.parquet`, then `<task>.json`.
     """
     task, data = collection.task, collection.data
     done = collection.published()
@@ -239,29 +228,24 @@ def summarise(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
         shape changes, as `gains`).
     """
     main = evidence.runs()
-    draws = _draws(main.values())
-    by_pair = {pair: draws[run.record["run"]] for pair, run in main.items()}
+    draws = draws_of(main)
     tables = {
-        "means": method_means(main, by_pair, SHOWN),
+        "means": method_means(main, draws, SHOWN),
         "validation": _validation(evidence),
         "gains": pd.concat(
-            [method_gains(main, by_pair, metric).assign(metric=metric) for metric in SHOWN]
+            [method_gains(main, draws, metric).assign(metric=metric) for metric in SHOWN]
         ),
-        "shares": _shares(evidence, by_pair),
-        "random_split": _mixed(evidence, by_pair),
+        "shares": _shares(evidence, draws),
+        "random_split": _mixed(evidence, draws),
         "where": _where(evidence),
         "matched": _matched(evidence),
     }
-    tables["shapes"], tables["shape_gains"] = _shapes(evidence, main, by_pair)
+    tables["shapes"], tables["shape_gains"] = _shapes(evidence, main, draws)
     return {name: _rows(table) for name, table in tables.items()}
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(table.round(6).to_json(orient="records"))
-
-
-def _draws(runs: Iterable[Run]) -> dict[str, Draws]:
-    return {run.record["run"]: test_draws(run.test_predictions) for run in runs}
 
 
 def _validation(evidence: Evidence) -> pd.DataFrame:
@@ -282,13 +266,7 @@ def _shares(evidence: Evidence, of_all: dict[tuple, Draws]) -> pd.DataFrame:
         runs = {
             p: r for p, r in evidence.runs(fraction).items() if p[0] in settings["fraction_methods"]
         }
-        draws = of_all
-        if fraction < 1:
-            found = _draws(runs.values())
-            draws = {pair: found[run.record["run"]] for pair, run in runs.items()}
-        if not runs:
-            continue
-        table = method_gains(runs, draws)
+        table = method_gains(runs, draws_of(runs) if fraction < 1 else of_all)
         if not table.empty:
             chips = next(iter(runs.values())).record["train_chips"]
             table = table[table["first"] == REFERENCE]
@@ -302,11 +280,11 @@ def _mixed(evidence: Evidence, held_out: dict[tuple, Draws]) -> pd.DataFrame:
     The intervals of the mixed ones are over chips, as whoever mixes would report them.
     """
     runs = evidence.runs(random_split=True)
-    found = _draws(runs.values())
+    found = draws_of(runs)
     rows = []
     for method in dict.fromkeys(method for method, _ in runs):
         seeds = [seed for m, seed in runs if m == method and (m, seed) in held_out]
-        mixed = [found[runs[method, seed].record["run"]]["auroc"] for seed in seeds]
+        mixed = [found[method, seed]["auroc"] for seed in seeds]
         apart = [held_out[method, seed]["auroc"] for seed in seeds]
         values = {"mixed": over_seeds(mixed), "held_out": over_seeds(apart)}
         gains = [one - other for one, other in zip(mixed, apart, strict=True)]
@@ -344,8 +322,7 @@ def _matched(evidence: Evidence) -> pd.DataFrame:
     name = TRIVIAL[-1]
     alone = Run(None, None, pd.DataFrame(), evidence.trivial()[name], {"run": name})
     runs |= {(name, 0): _paired(alone)}
-    draws = {pair: test_draws(run.predictions) for pair, run in runs.items()}
-    return method_means(runs, draws, ("auroc",))
+    return method_means(runs, draws_of(runs), ("auroc",))
 
 
 def _shapes(
@@ -353,8 +330,7 @@ def _shapes(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means of every shape, and the AUROC gain over the row that it changes."""
     shapes = evidence.shapes()
-    found = _draws(shapes.values())
-    draws = draws | {pair: found[run.record["run"]] for pair, run in shapes.items()}
+    draws = draws | draws_of(shapes)
     gains = [pd.DataFrame()]
     for name, shape in evidence.record["settings"]["shapes"].items():
         two = {p: run for p, run in (main | shapes).items() if p[0] in (shape["of"], name)}

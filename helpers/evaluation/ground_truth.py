@@ -38,16 +38,9 @@ def read_polygons(path: str | Path, scene: Scene) -> gpd.GeoDataFrame:
 def window_cover(
     cells: pd.DataFrame, scene: Scene, grid: Grid, polygons: gpd.GeoDataFrame
 ) -> np.ndarray:
-    """Share of each cell's window, 0 to 1, that lies below any of the polygons.
+    """Share of each cell's window that lies below any of the polygons, (cells,) float64, 0 to 1.
 
-    Args:
-        cells: with `row` and `col`.
-        scene: that was mapped.
-        grid: of its windows.
-        polygons: in the scene's coordinates.
-
-    Returns:
-        (cells,) float64.
+    Cells have `row` and `col`, polygons the scene's coordinates.
     """
     windows = window_boxes(scene, grid, cells.row.to_numpy(), cells.col.to_numpy())
     parts = shapely.get_parts(shapely.union_all(polygons.geometry.to_numpy()))

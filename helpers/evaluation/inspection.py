@@ -39,16 +39,9 @@ def confident_errors(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
 def occlusion_map(classifier: Classifier, chip: Tensor, device: str = "cpu") -> np.ndarray:
     """How much the answer rests on each part of a chip (Zeiler and Fergus 2014, arXiv:1311.2901).
 
-    A square of one patch in the colour that normalisation maps to zero covers one place after the
-    other.
-
-    Args:
-        classifier: with its trained head.
-        chip: (bands, S, S).
-        device: where the forward pass runs; the classifier stays where it is.
-
-    Returns:
-        (n, n): by how much the probability of the predicted class falls with that place covered.
+    A square of one patch in the colour that normalisation maps to zero covers one place of the
+    chip (bands, S, S) after the other. Returns by how much the probability of the predicted class
+    falls with that place covered, (n, n). The classifier is back where it was afterwards.
     """
     embedding = classifier.backbone.patch_embed
     side = embedding.patch_size[0] * -(-embedding.grid_size[0] // _SQUARES)
@@ -63,33 +56,19 @@ def occlusion_map(classifier: Classifier, chip: Tensor, device: str = "cpu") -> 
 
 
 def feature_components(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First two principal components of features.
-
-    Args:
-        features: (N, F).
-
-    Returns:
-        (N, 2), and the shares of the variance that the two carry, (2,).
-    """
+    """First two principal components (N, 2) of features (N, F), and their shares of variance."""
     pca = PCA(2, random_state=0)
     return pca.fit_transform(features), pca.explained_variance_ratio_
 
 
 @torch.inference_mode()
 def token_components(classifier: Classifier, chips: Tensor, device: str = "cpu") -> np.ndarray:
-    """First three principal components of all patch tokens, as colours at chip size.
+    """First three principal components of all patch tokens, as colours (N, S, S, 3) in 0..1.
 
     The picture that DINOv2 is known for (Oquab et al. 2023, figure 1), here with one common PCA
     over all chips, so that equal colours mean similar tokens. The mean token of each position is
-    taken off first: it says where a patch lies in the chip, not what it shows.
-
-    Args:
-        classifier: its head is not used.
-        chips: (N, bands, S, S).
-        device: where the forward pass runs; the classifier stays where it is.
-
-    Returns:
-        (N, S, S, 3) float in 0..1.
+    taken off first: it says where a patch lies in the chip, not what it shows. Of chips (N, bands,
+    S, S); the head is not used, and the classifier is back where it was afterwards.
     """
     with evaluated_on(classifier, device):
         tokens = classifier.backbone.forward_features(classifier.normalize(chips.to(device)))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from helpers import InputError
 from helpers.evaluation.calibration import fit_rule, logits_from
+from helpers.metrics import exact_interval
 from helpers.training.runs import class_probabilities
 
 THRESHOLDS = np.linspace(0.01, 0.99, 99)
@@ -17,12 +17,9 @@ ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 def threshold_table(
     predictions: pd.DataFrame, prevalence: float, thresholds: Sequence[float] = THRESHOLDS
 ) -> pd.DataFrame:
-    """Test precision and recall of the positive class against its threshold.
+    """Test precision and recall of the positive class, by the probability it is answered from.
 
-    Args:
-        predictions: of a run, as `Run.predictions`.
-        prevalence: share of positive chips where the classifier will work.
-        thresholds: probabilities from which a chip is called positive.
+    Prevalence is the share of positive chips where the classifier will work.
 
     Returns:
         `threshold, recall, false_positive_rate` (which do not depend on how many are positive),
@@ -48,16 +45,11 @@ def _precision(recall: np.ndarray, false_positive_rate: np.ndarray, share: float
     return np.divide(right, right + wrong, out=np.full_like(right, np.nan), where=right + wrong > 0)
 
 
-def coverage_table(
-    predictions: pd.DataFrame, error_rates: Sequence[float] = ERROR_RATES
-) -> pd.DataFrame:
+def coverage_table(predictions: pd.DataFrame) -> pd.DataFrame:
     """Conformal answers: the rule from the validation split, what it does on the test split.
 
-    Args:
-        predictions: of a run, as `Run.predictions`.
-        error_rates: asked for; those that need more validation chips than there are have no row.
-
     Returns:
+        One row for each of ERROR_RATES that does not need more validation chips than there are:
         `error_rate`, `coverage` (share of test chips whose class is in the conformal set) with its
         exact 95 % interval `low, high` (of chips that are exchangeable, which those of other places
         are not), `unsure` (share without an answer), `wrong` (share of wrong ones among answers).
@@ -66,7 +58,7 @@ def coverage_table(
     logits = logits_from(class_probabilities(test))
     targets = test.target.to_numpy()
     rows = []
-    for rate in error_rates:
+    for rate in ERROR_RATES:
         try:
             rule = fit_rule(
                 valid.target.to_numpy(), logits_from(class_probabilities(valid)), error_rate=rate
@@ -75,13 +67,11 @@ def coverage_table(
             continue
         probabilities = rule.calibrated(logits)
         covered = 1 - probabilities[np.arange(len(targets)), targets] <= rule.quantile
-        interval = binomtest(int(covered.sum()), len(covered)).proportion_ci()
         _, classes, unsure = rule(logits)
         wrong = (classes != targets)[~unsure]
         rows.append(
-            {"error_rate": rate, "coverage": covered.mean(), "low": interval.low}
-            | {"high": interval.high, "unsure": unsure.mean()}
-            | {"wrong": wrong.mean() if len(wrong) else np.nan}
+            {"error_rate": rate, "coverage": covered.mean(), **exact_interval(covered)}
+            | {"unsure": unsure.mean(), "wrong": wrong.mean() if len(wrong) else np.nan}
         )
     columns = ["error_rate", "coverage", "low", "high", "unsure", "wrong"]
     return pd.DataFrame(rows, columns=columns)

@@ -10,19 +10,22 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from helpers.data.dataset import ChipData, band_statistics
-from helpers.evaluation.baselines import acquisition_statistics, logistic_probe
-from helpers.metrics import metric_columns
+from helpers.evaluation.baselines import (
+    acquisition_statistics,
+    logistic_probe,
+    statistics_probe,
+)
+from helpers.metrics import exact_interval, metric_columns
 from helpers.models.classifier import Classifier, head_columns
 from helpers.training.examples import batches
 from helpers.training.features import evaluated_on
-from helpers.training.runs import metric_entries
 
 _SHOWN = ("accuracy", "auroc")
+_REFITTED_ON = 2000  # training chips at most, evenly spaced
 ACQUISITION_ALONE = "acquisition statistics alone"
 SMALL_PLACE = 20
 """Test chips below which a place's accuracy is not called the worst: one chip is five points."""
@@ -30,28 +33,23 @@ _DEGREES = {"longitude": 180, "latitude": 90}  # columns of a manifest, and how 
 
 
 def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy in every group of the manifest (a place, a scene), the largest first.
-
-    Args:
-        predictions: of a run, with `group, target, predicted` and `p_<class>` for each class.
+    """Test accuracy of a run in every group of the manifest (a place, a scene), the largest first.
 
     Returns:
-        `group, chips, positives` (share of the last class), `accuracy` with its exact 95 % interval
-        (Clopper and Pearson 1934) `low, high`; no rows where the data have no groups.
+        `group, chips, positives` (share of the last class), `accuracy` with its `exact_interval`
+        `low, high`; no rows where the data have no groups.
     """
     answered = predictions.assign(right=predictions.predicted == predictions.target)
     last = predictions.columns.str.startswith("p_").sum() - 1
     rows = []
     for group, chips in answered[answered.group != ""].groupby("group"):
-        interval = binomtest(int(chips.right.sum()), len(chips)).proportion_ci()
         rows.append(
             {
                 "group": group,
                 "chips": len(chips),
                 "positives": (chips.target == last).mean(),
                 "accuracy": chips.right.mean(),
-                "low": interval.low,
-                "high": interval.high,
+                **exact_interval(chips.right),
             }
         )
     columns = ["group", "chips", "positives", "accuracy", "low", "high"]
@@ -62,11 +60,7 @@ def accuracy_by_group(predictions: pd.DataFrame) -> pd.DataFrame:
 def place_coordinates(manifest: pd.DataFrame) -> pd.DataFrame:
     """Where the test places lie: `group` and the mean `longitude` and `latitude` of its chips.
 
-    Args:
-        manifest: of `ChipData`; the columns longitude and latitude are degrees.
-
-    Returns:
-        No rows unless every test chip has a group and coordinates.
+    In degrees, from columns of the manifest; no rows unless every test chip has a group and both.
     """
     test = manifest[manifest["split"] == "test"]
     if (test["group"] == "").any() or not set(_DEGREES) <= set(test):
@@ -75,15 +69,6 @@ def place_coordinates(manifest: pd.DataFrame) -> pd.DataFrame:
     on_earth = (degrees.abs() <= pd.Series(_DEGREES)).all(axis=None)
     places = degrees.groupby(test["group"]).mean().reset_index()
     return places if on_earth else places[:0]
-
-
-def accuracy_intervals(predictions: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Accuracy as `value, low, high`, first drawing chips, then drawing whole groups."""
-    entry = metric_entries(predictions)["accuracy"]
-    return tuple(
-        pd.Series({"value": entry["value"], "low": entry[low], "high": entry[high]})
-        for low, high in (("low", "high"), ("group_low", "group_high"))
-    )
 
 
 def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -112,9 +97,7 @@ def degradations(data: ChipData, image_size: int) -> dict[str, Callable[[Tensor]
     }
 
 
-def shortcut_check(
-    classifier: Classifier, data: ChipData, *, device: str = "cpu", train_chips: int = 2000
-) -> pd.DataFrame:
+def shortcut_check(classifier: Classifier, data: ChipData, *, device: str = "cpu") -> pd.DataFrame:
     """What remains of a classifier when cues of the acquisition are taken away.
 
     Two questions for each degradation: does the classifier itself still work (`as trained`), and
@@ -122,19 +105,13 @@ def shortcut_check(
     regression on the frozen [CLS, mean patch] features)? And how far do the statistics of the
     acquisition come alone.
 
-    Args:
-        classifier: for its backbone and head.
-        data: two or more classes.
-        device: where forward passes run.
-        train_chips: at most so many training chips, evenly spaced, for the refitted heads.
-
     Returns:
         `chips` (the degradation, or `acquisition statistics alone`), `head`, and value, low and
         high (95 % bootstrap) of accuracy and AUROC on the test split.
     """
     size = classifier.config.image_size
     train, test = (data.dataset(split, size) for split in ("train", "test"))
-    chosen = np.linspace(0, len(train) - 1, min(train_chips, len(train))).round().astype(int)
+    chosen = np.linspace(0, len(train) - 1, min(_REFITTED_ON, len(train))).round().astype(int)
     train_part = torch.utils.data.Subset(train, chosen.tolist())
     targets, truth = train.targets[chosen].numpy(), test.targets.numpy()
     predictions = {}
@@ -147,8 +124,8 @@ def shortcut_check(
         (train_features, _), (test_features, as_trained) = of_train[name], of_test[name]
         predictions[name, "as trained"] = as_trained
         predictions[name, "refitted"] = logistic_probe(train_features, targets, test_features)
-    predictions[ACQUISITION_ALONE, "refitted"] = logistic_probe(
-        acquisition_statistics(train), train.targets.numpy(), acquisition_statistics(test)
+    predictions[ACQUISITION_ALONE, "refitted"] = statistics_probe(
+        acquisition_statistics, train, test
     )
     rows = []
     for (chips, head), probabilities in predictions.items():

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from helpers.metrics import bootstrap_metrics, over_seeds, weighted_metrics, with_interval
+from helpers.metrics import metric_draws, over_seeds, with_interval
 from helpers.training.runs import Run, class_probabilities
 
 Draws = dict[str, np.ndarray]
-"""Metric -> (1 + resamples,): the metric itself, then its value in every bootstrap draw."""
+"""What `metrics.metric_draws` returns."""
 
 
 def test_draws(predictions: pd.DataFrame) -> Draws:
@@ -19,9 +19,12 @@ def test_draws(predictions: pd.DataFrame) -> Draws:
     """
     targets, probabilities = predictions.target.to_numpy(), class_probabilities(predictions)
     groups = predictions.group.to_numpy() if unit(predictions) == "places" else None
-    values = weighted_metrics(targets, probabilities, np.ones((1, len(targets))))
-    draws = bootstrap_metrics(targets, probabilities, groups=groups)
-    return {name: np.concatenate([values[name], draws[name]]) for name in draws}
+    return metric_draws(targets, probabilities, groups=groups)
+
+
+def draws_of(runs: dict[tuple[str, int], Run]) -> dict[tuple[str, int], Draws]:
+    """`test_draws` of runs by method and seed."""
+    return {pair: test_draws(run.test_predictions) for pair, run in runs.items()}
 
 
 def unit(predictions: pd.DataFrame) -> str:
@@ -34,10 +37,7 @@ def method_means(
 ) -> pd.DataFrame:
     """Test metrics of every method: mean over its seeds.
 
-    Args:
-        runs: by method and seed.
-        draws: `test_draws` of each.
-        metrics: names in METRICS.
+    From runs by method and seed and their `draws_of`.
 
     Returns:
         `method`, `metric`, `seeds` (their number), `value` (mean over seeds), `low` and `high`
@@ -73,10 +73,7 @@ def method_gains(
 ) -> pd.DataFrame:
     """Every pair of methods on the same test images: mean difference over the seeds of both.
 
-    Args:
-        runs: by method and seed.
-        draws: `test_draws` of each.
-        metric: a name in METRICS.
+    From runs by method and seed and their `draws_of`.
 
     Returns:
         `first`, `second`, `seeds`, `value` (second - first), `low` and `high` (95 % interval,
@@ -106,6 +103,6 @@ def method_gains(
     return pd.DataFrame(rows)
 
 
-def gain_over(baseline: Draws, draws: list[Draws], metric: str = "auroc") -> dict[str, float]:
-    """Mean difference of a method's seeds to a baseline on the same images: `value, low, high`."""
-    return over_seeds([of_seed[metric] - baseline[metric] for of_seed in draws])
+def gain_over(baseline: Draws, draws: list[Draws]) -> dict[str, float]:
+    """AUROC of a method over that of a baseline, mean over its seeds: `value, low, high`."""
+    return over_seeds([of_seed["auroc"] - baseline["auroc"] for of_seed in draws])

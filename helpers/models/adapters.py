@@ -31,20 +31,16 @@ if TYPE_CHECKING:
 class PeftMethod:
     """How PEFT adapts a layer.
 
-    Args:
-        options: what its configuration has besides rank, scale, dropout and the layers.
-        config: name of PEFT's class of that configuration.
-        names: field of `AdapterSettings` -> what that class calls it; one that is not here has no
-            meaning for the method.
-        b_rate: learning rate of B, and of biases and magnitudes, in units of that of A.
+    `options` are what its configuration has besides rank, scale, dropout and the layers. `names`
+    say what that class calls a field of `AdapterSettings`; others have no meaning for the method.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    config: str = "LoraConfig"
+    config: str = "LoraConfig"  # name of PEFT's class
     names: Mapping[str, str] = field(
         default_factory=lambda: {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
     )
-    b_rate: float = 1.0
+    b_rate: float = 1.0  # rate of B, of biases and magnitudes, in units of that of A
 
 
 # Not here: EVA's initialisation, which needs activations of training chips.
@@ -65,27 +61,17 @@ METHODS = ("head_only", *PEFT_METHODS, "full")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What is adapted, and how.
-
-    Args:
-        rank: r, width of the low-rank update B @ A.
-        alpha: the update is scaled by alpha / rank (rslora: by alpha over the root of the rank).
-        dropout: on the input of A, in training.
-        targets: names of linear layers in the blocks, such as qkv, proj, fc1, fc2.
-        method: a name in `PEFT_METHODS`.
-        blocks: how many of the backbone's last blocks are adapted; None for all.
-        stem: whether the patch embedding is trained too, all its weights.
-    """
+    """What is adapted, and how."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    rank: int = 4
-    alpha: float = 8
-    dropout: float = 0.1
-    targets: tuple[str, ...] = ("qkv",)
-    method: str = "lora"
-    blocks: int | None = None
-    stem: bool = False
+    rank: int = 4  # r, width of the low-rank update B @ A
+    alpha: float = 8  # the update is scaled by alpha / rank (rslora: alpha over the rank's root)
+    dropout: float = 0.1  # on the input of A, in training
+    targets: tuple[str, ...] = ("qkv",)  # linear layers in the blocks: qkv, proj, fc1, fc2
+    method: str = "lora"  # a name in `PEFT_METHODS`
+    blocks: int | None = None  # how many of the backbone's last blocks; None for all
+    stem: bool = False  # whether all weights of the patch embedding are trained too
 
 
 def add_adapter(classifier: Classifier, settings: AdapterSettings) -> PeftModel:
@@ -198,14 +184,9 @@ def save_adapter(
 
     Beside PEFT's files lies `classifier.json`: the base's configuration, the adapter's settings,
     the provenance as in `save_classifier`, and digests of the base's weights and the adapter's.
-    The folder appears whole or not at all.
-
-    Args:
-        model: adapter and base.
-        folder: to write.
-        base_digest: `weights_digest` of the backbone before the adapter was added, which a method
-            may change (PiSSA moves the principal part of a weight into the adapter).
-        provenance: of the run.
+    The folder appears whole or not at all. `base_digest` is the `weights_digest` of the backbone
+    before the adapter was added, which a method may change (PiSSA moves the principal part of a
+    weight into the adapter).
     """
     base = model.get_base_model()
     with written_whole_folder(folder) as part:

@@ -34,33 +34,19 @@ BACKBONE_HELP = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """One backbone; nothing outside this room asks for more, least of all for its family.
+    """One backbone; nothing outside this room asks for more, least of all for its family."""
 
-    Args:
-        timm_name: timm's model and the tag of its weights.
-        label: the architecture's name in tables.
-        pretrained_label: the same with its published weights.
-        patch: side of a patch in pixels.
-        licence: of the published weights.
-        pretraining: what they were pretrained on.
-        mean: of 8-bit RGB chips, as the weights expect them, in units of 0 to 255.
-        std: likewise.
-        published_file: Meta's file of the weights, to download by hand.
-        overrides: of timm's defaults.
-        rope_dtype: precision that the periods of the rotary embedding are published in.
-    """
-
-    timm_name: str
-    label: str
-    pretrained_label: str
-    patch: int
-    licence: str
-    pretraining: str
-    mean: tuple[float, ...] = IMAGENET_MEAN
+    timm_name: str  # timm's model and the tag of its weights
+    label: str  # the architecture's name in tables
+    pretrained_label: str  # the same with its published weights
+    patch: int  # side of a patch in pixels
+    licence: str  # of the published weights
+    pretraining: str  # what they were pretrained on
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of 8-bit RGB chips, in units of 0 to 255
     std: tuple[float, ...] = IMAGENET_STD
-    published_file: str | None = None
-    overrides: dict = field(default_factory=dict)
-    rope_dtype: torch.dtype = torch.float32
+    published_file: str | None = None  # Meta's file of the weights, to download by hand
+    overrides: dict = field(default_factory=dict)  # of timm's defaults
+    rope_dtype: torch.dtype = torch.float32  # that periods of the rotary embedding come in
 
 
 def _dinov2(letter: str, size: str, registers: bool) -> Architecture:
@@ -186,9 +172,7 @@ def _lacking(model: nn.Module) -> str | None:
 def check_image_size(image_size: int, backbone: str) -> None:
     """Raise InputError naming the next sizes if patches do not fill an image, or it is too large.
 
-    Args:
-        image_size: side of the square image in pixels.
-        backbone: a name that `architecture` takes.
+    `image_size` is its side in pixels.
     """
     patch = architecture(backbone).patch
     if image_size > LARGEST_IMAGE:

@@ -51,13 +51,9 @@ def build_backbone(
 ) -> Backbone:
     """Return a timm ViT without a head, and without pretrained weights.
 
-    Under `torch.device("meta")` it takes no memory, which is enough to count parameters.
-
-    Args:
-        name: a name that `architecture` takes.
-        image_size: pixels, a multiple of the patch size; None for the size of the weights.
-        in_chans: bands of a chip.
-        initialise: whether to draw random weights, which takes seconds; not where others follow.
+    Under `torch.device("meta")` it takes no memory, which is enough to count parameters. Its image
+    size in pixels is that of the weights by default. To draw random weights takes seconds; do not
+    `initialise` where others follow.
 
     Raises:
         InputError: unknown name, or a size that patches do not fill.
@@ -108,16 +104,10 @@ def create_backbone(
 ) -> Backbone:
     """Return a backbone with its weights.
 
-    The licence of weights that ask for something is printed, once.
-
-    Args:
-        name: a name that `architecture` takes.
-        weights: `pretrained` (from the hub, for `example` the embedded file), `random` (from
-            torch's global seed), or the path of a file in timm's or Meta's layout.
-        image_size: pixels, a multiple of the patch size.
-        in_chans: bands of a chip; a pretrained stem is repeated over other counts than 3 and
-            rescaled (timm's `adapt_input_conv`).
-        new_stem: whether the stem begins anew from torch's global seed, whatever the weights.
+    `weights` are `pretrained` (from the hub, for `example` the embedded file), `random` (from
+    torch's global seed), or the path of a file in timm's or Meta's layout. A pretrained stem is
+    repeated over other counts of bands than 3 and rescaled (timm's `adapt_input_conv`); a new one
+    begins from torch's global seed. The licence of weights that ask for something is printed, once.
 
     Raises:
         InputError: unknown name, unreachable hub, or a file that does not fill the architecture.
@@ -150,12 +140,8 @@ def load_backbone_weights(backbone: Backbone, state: dict[str, Tensor], source: 
     """Fill a backbone completely from a state dict in timm's or Meta's layout.
 
     Position embeddings are resampled to the backbone's grid as Meta's code does
-    (`resample_pos_embed`), and the stem is adapted to its band count.
-
-    Args:
-        backbone: what `build_backbone` returns.
-        state: key -> tensor of any floating type.
-        source: what error messages call the state dict.
+    (`resample_pos_embed`), and the stem is adapted to its band count. Error messages call the state
+    dict (key -> tensor of any floating type) by its `source`.
 
     Raises:
         InputError: naming the keys that are missing, unexpected or of another shape, or the
@@ -254,10 +240,7 @@ def resample_pos_embed(pos_embed: Tensor, grid: int, registers: bool) -> Tensor:
     (`interpolate_antialias`, `interpolate_offset` in dinov2/hub/backbones.py). timm always does
     the latter, which moves features of models without registers by up to 0.65 at 98 px.
 
-    Args:
-        pos_embed: (1, prefix + old_grid ** 2, width) with prefix 0 or 1.
-        grid: patches along one side.
-        registers: whether the model has register tokens.
+    From (1, prefix + old_grid ** 2, width), prefix 0 or 1, to (1, prefix + grid ** 2, width).
     """
     old = math.isqrt(pos_embed.shape[1])
     prefix = pos_embed.shape[1] - old**2

@@ -21,41 +21,26 @@ HEAD_INPUTS = {"cls": 1, "cls+mean": 2, "4xcls+mean": 5}
 class ClassifierConfig:
     """What is needed to rebuild and use a classifier, apart from its weights.
 
-    Args:
-        backbone: a name that `architecture` takes.
-        weights: `pretrained`, `random` or a file's path; a label once weights are loaded.
-        image_size: side of the square chips in pixels, a multiple of the backbone's patch size.
-        bands: zero-based bands of the files that make a chip, in order.
-        classes: class names; for two classes the second is the positive one.
-        head_input: a name in `HEAD_INPUTS`.
-        mean: per band, in units of the chips (8-bit chips: 0 to 255); the backbone's by default.
-        std: likewise.
-        seed: of random weights, with which alone they can be made again.
-        new_stem: whether the stem was newly initialised before training, from the seed.
-        chip_size: median side of the training chips in pixels, before they were resized.
-        chip_bands: how many bands their files have.
-        chip_dtype: in which type of numbers they are stored; None for several types.
-        resolution: metres on the ground of one of their pixels, where they had coordinates.
-
-    The four of the chips are what a new chip or scene is compared with; None where a file is older.
+    The last four are of the training chips: what a new chip or scene is compared with. They are
+    None where a file is older.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
-    backbone: str
-    weights: str
-    image_size: int
-    bands: tuple[int, ...]
-    classes: tuple[str, ...]
-    head_input: str = "cls"
-    mean: tuple[float, ...] | None = None
+    backbone: str  # a name that `architecture` takes
+    weights: str  # `pretrained`, `random` or a file's path; a label once weights are loaded
+    image_size: int  # side of the square chips in pixels, a multiple of the backbone's patch size
+    bands: tuple[int, ...]  # zero-based, of the files that make a chip, in order
+    classes: tuple[str, ...]  # names; of two the second is the positive one
+    head_input: str = "cls"  # a name in `HEAD_INPUTS`
+    mean: tuple[float, ...] | None = None  # by band, 8-bit chips 0 to 255; None: the backbone's
     std: tuple[float, ...] | None = None
-    seed: int = 0
-    new_stem: bool = False
-    chip_size: int | None = None
-    chip_bands: int | None = None
-    chip_dtype: str | None = None
-    resolution: float | None = None
+    seed: int = 0  # of random weights, with which alone they can be made again
+    new_stem: bool = False  # whether the stem began anew before training, from the seed
+    chip_size: int | None = None  # median side in pixels, before they were resized
+    chip_bands: int | None = None  # how many bands their files have
+    chip_dtype: str | None = None  # in which type they are stored; None for several types
+    resolution: float | None = None  # metres on the ground of a pixel, where they had coordinates
 
     def __post_init__(self):
         """Raise InputError for a field that no classifier can be built from."""

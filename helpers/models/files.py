@@ -98,10 +98,7 @@ def read_record(config: str, provenance: str) -> tuple[ClassifierConfig, dict]:
 
 
 def load_model(path: str | Path) -> "tuple[Classifier, dict, PeftModel | None]":
-    """Read a trained classifier, whichever form it has.
-
-    Args:
-        path: a `model_final.safetensors`, or the adapter folder of a run.
+    """Read a trained classifier: a `model_final.safetensors`, or the adapter folder of a run.
 
     Returns:
         The classifier (eval mode, an adapter merged), its provenance with at least `run`,

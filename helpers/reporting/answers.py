@@ -18,17 +18,19 @@ from helpers.evaluation.baselines import (
     strongest_baseline,
 )
 from helpers.evaluation.comparison import CompareConfig, cost_table, first_seed, full_set_cost
-from helpers.evaluation.robustness import (
-    ACQUISITION_ALONE,
-    SMALL_PLACE,
-    accuracy_by_group,
-    accuracy_intervals,
+from helpers.evaluation.robustness import ACQUISITION_ALONE, SMALL_PLACE, accuracy_by_group
+from helpers.evaluation.seeds import (
+    Draws,
+    draws_of,
+    gain_over,
+    method_gains,
+    method_means,
+    test_draws,
 )
-from helpers.evaluation.seeds import Draws, gain_over, method_gains, method_means, test_draws
 from helpers.metrics import with_interval
 from helpers.records import environment
 from helpers.training.config import RunConfig, TrainingConfig
-from helpers.training.runs import Run
+from helpers.training.runs import Run, metric_entries
 
 MATTERS = 0.001
 """A mean difference of AUROC below this is not worth a second method, however certain it is: on
@@ -49,14 +51,9 @@ def comparison_answers(
     shortcuts: pd.DataFrame,
     by_blocks: dict[tuple[str, int], Run],
 ) -> dict[str, str]:
-    """Question -> answer, from the records of a comparison.
+    """Question -> answer, from the main runs of a comparison, by method and seed.
 
-    Args:
-        config: of the comparison.
-        runs: the main runs, by method and seed.
-        draws: `test_draws` of each.
-        shortcuts: of `robustness.shortcut_check`, on LoRA or the last method that is compared.
-        by_blocks: of `comparison.block_runs`.
+    With their `draws_of`, the `shortcut_check` of LoRA or the last method, and the `block_runs`.
     """
     gains = method_gains(runs, draws)
     first = first_seed(runs)
@@ -81,7 +78,7 @@ def comparison_answers(
 
 
 def _blocks_answer(by_blocks: dict[tuple[str, int], Run]) -> str:
-    draws = {pair: test_draws(run.test_predictions) for pair, run in by_blocks.items()}
+    draws = draws_of(by_blocks)
     last, every = dict.fromkeys(name for name, _ in by_blocks)
     seconds = cost_table(by_blocks).seconds_per_epoch
     return (
@@ -105,8 +102,7 @@ def _head_answer(config: TrainingConfig, runs: dict, draws: dict) -> str:
 def run_answer(config: RunConfig, run: Run) -> str:
     """`head_answer` for one head-only run."""
     runs = {("head_only", run.record["config"]["seed"]): run}
-    draws = {pair: test_draws(run.test_predictions) for pair in runs}
-    return _head_answer(config, runs, draws)
+    return _head_answer(config, runs, draws_of(runs))
 
 
 def listed(said: dict[str, str]) -> str:
@@ -117,11 +113,8 @@ def listed(said: dict[str, str]) -> str:
 def head_answer(means: pd.DataFrame, name: str, baseline: float, gain: dict[str, float]) -> str:
     """Whether a trained head is good: against the strongest baseline that knows no shapes.
 
-    Args:
-        means: of `seeds.method_means`, with head_only's accuracy and AUROC.
-        name: of the baseline.
-        baseline: its AUROC.
-        gain: of `seeds.gain_over`, the head's AUROC against the baseline's.
+    From `seeds.method_means` with head_only's accuracy and AUROC, the name and AUROC of the
+    baseline, and the head's gain over it (`seeds.gain_over`).
     """
     rows = means[means.method == "head_only"].set_index("metric")
     verdict = "Yes" if gain["low"] > 0 else "No, it is worse" if gain["high"] < 0 else "Not clearly"
@@ -133,13 +126,7 @@ def head_answer(means: pd.DataFrame, name: str, baseline: float, gain: dict[str,
 
 
 def gain_answer(gains: pd.DataFrame, first: str, second: str) -> str:
-    """Whether one method improves on another.
-
-    Args:
-        gains: of `seeds.method_gains`.
-        first: the method compared with.
-        second: the method asked about.
-    """
+    """Whether the second method improves on the first, from `seeds.method_gains`."""
     rows = gains[(gains["first"] == first) & (gains["second"] == second)]
     if rows.empty:
         return f"This run does not compare {second} with {first}."
@@ -173,24 +160,20 @@ def signed(entry, digits: int) -> str:
 
 
 def place_answer(predictions: pd.DataFrame) -> str:
-    """How sure an accuracy is over places, and how it differs between them; empty without groups.
-
-    Args:
-        predictions: of the test split of a run.
-    """
+    """How sure a run's test accuracy is over places, and how it differs between them."""
     if (predictions.group == "").any():
         return "The data name no groups."
-    by_chip, by_place = accuracy_intervals(predictions)
-    places = accuracy_by_group(predictions)
+    entry, places = metric_entries(predictions)["accuracy"], accuracy_by_group(predictions)
+    low, high = entry["group_low"], entry["group_high"]
     right = predictions.predicted == predictions.target
     largest = predictions.group.isin(places.group.head(2))
     worst = places[places.chips >= SMALL_PLACE]
     row = worst.loc[worst.accuracy.idxmin()] if len(worst) else None
     return (
-        f"Accuracy {with_interval(by_chip)} over chips becomes [{by_place.low:.3f}, "
-        f"{by_place.high:.3f}] when whole places are drawn ({len(places)}). The two largest hold "
-        f"{largest.mean():.0%} of the chips: accuracy {right[largest].mean():.3f} there, "
-        f"{right[~largest].mean():.3f} elsewhere, {places.accuracy.mean():.3f} averaged over places"
+        f"Accuracy {with_interval(entry)} over chips becomes [{low:.3f}, {high:.3f}] when whole "
+        f"places are drawn ({len(places)}). The two largest hold {largest.mean():.0%} of the "
+        f"chips: accuracy {right[largest].mean():.3f} there, {right[~largest].mean():.3f} "
+        f"elsewhere, {places.accuracy.mean():.3f} averaged over places"
         + (f"; worst {row.accuracy:.3f} ({row.group}, {row.chips} chips)." if len(worst) else ".")
     )
 
@@ -215,12 +198,9 @@ def shortcut_answer(table: pd.DataFrame) -> str:
 
 
 def cost_answer(costs: pd.DataFrame, hours: pd.Series, record: dict) -> str:
-    """Whether a method can be used on a full data set: hours over a million chips.
+    """Whether a method can be used on a full data set: hours over a million chips, by method.
 
-    Args:
-        costs: of `comparison.cost_table`.
-        hours: per pass over a million chips, by method (`comparison.full_set_cost`).
-        record: of a run on the machine that took the times.
+    From `comparison.cost_table`, `full_set_cost`, and the record of a run on the same machine.
     """
     machine = record["environment"]["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, threads: {machine['torch_threads']}"
@@ -235,12 +215,7 @@ def cost_answer(costs: pd.DataFrame, hours: pd.Series, record: dict) -> str:
 
 
 def form_answer(summary: pd.DataFrame, name: str) -> str:
-    """Which form to deploy.
-
-    Args:
-        summary: of `decision.summarise`, by variant.
-        name: of the recommended variant.
-    """
+    """What the recommended form is worth, from `decision.summarise` by variant."""
     eager, best = summary.loc[REFERENCE], summary.loc[name]
 
     def as_fast(column: str) -> str:
@@ -333,12 +308,9 @@ def energy_sentence(benchmark: Benchmark) -> str:
 
 
 def map_answer(record: dict, quality: pd.DataFrame | None, positive: str) -> str:
-    """What a map says, and how often it is right where people drew something to compare with.
+    """What a map's record says of a class, and how often the map is right (`map_quality`).
 
-    Args:
-        record: of `mapping.map_scene`.
-        quality: of `ground_truth.map_quality`, or None without a reference.
-        positive: the class whose share is said.
+    Quality is None where people drew nothing to compare with.
     """
     counts = record["counts"]
     answered, rate = sum(counts["classes"].values()), record["config"]["error_rate"]

@@ -1,4 +1,7 @@
-"""Figures of runs side by side: methods, seeds, amounts of data and shapes."""
+"""Figures of runs side by side: methods, seeds, amounts of data and shapes.
+
+Titles name backbone, weights and data.
+"""
 
 import numpy as np
 import pandas as pd
@@ -9,12 +12,7 @@ from helpers.reporting.plots import METRIC_NAMES, PAGE, bars, method_styles, tit
 
 
 def method_curves(histories: pd.DataFrame, title: str) -> Figure:
-    """Losses and validation AUROC by epoch; a line a method and seed, pale after the first seed.
-
-    Args:
-        histories: `method`, `seed` and the columns of a history.
-        title: names backbone, weights and data.
-    """
+    """Losses and validation AUROC by epoch; a line a method and seed, pale after the first seed."""
     styles = method_styles(list(histories.method.unique()))
     panels = {
         "train_loss": "training loss (cross entropy)",
@@ -37,24 +35,19 @@ def method_curves(histories: pd.DataFrame, title: str) -> Figure:
     return titled(figure, title)
 
 
-def against(rows: pd.DataFrame, x: str, metric: str, title: str, lines: bool = False) -> Figure:
+def against(rows: pd.DataFrame, x: str, metric: str, title: str) -> Figure:
     """A test metric with its interval against a column, on a log axis, one colour a method.
 
-    Args:
-        rows: `method`, `value`, `low`, `high` and the column x.
-        x: name of that column, with underscores for spaces.
-        metric: what the values are, one of METRIC_NAMES.
-        title: names backbone, weights and data.
-        lines: whether to join the points of a method.
+    Rows have `method`, `value`, `low`, `high` and that column, x, with underscores for spaces.
     """
     figure, axis = plt.subplots(figsize=(PAGE * 0.7, 3.4))
-    _against(axis, rows, x, metric, lines)
+    _against(axis, rows, x, metric)
     axis.set_title(title)
     figure.tight_layout()
     return figure
 
 
-def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None:
+def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool = False) -> None:
     styles = method_styles(list(rows.method.unique()))
     for method, points in rows.groupby("method", sort=False):
         points = points.sort_values(x)
@@ -77,9 +70,7 @@ def _against(axis, rows: pd.DataFrame, x: str, metric: str, lines: bool) -> None
 def headline(table: pd.DataFrame, title: str) -> Figure:
     """Accuracy and AUROC of every method and seed, and AUROC by number of training chips.
 
-    Args:
-        table: as from `comparison.headline_rows`.
-        title: names backbone, weights and data.
+    From `comparison.headline_rows`.
     """
     tests, by_size = (table[table.panel == panel] for panel in ("methods", "training chips"))
     figure, axes = plt.subplots(1, 3, figsize=(PAGE * 1.15, 3.3), width_ratios=(1, 1, 1.25))
@@ -126,12 +117,7 @@ def _reach(curves: pd.DataFrame) -> float:
 
 
 def reliability_diagram(table: pd.DataFrame, title: str) -> Figure:
-    """Accuracy against confidence, a bin a point, with exact intervals.
-
-    Args:
-        table: `method` and the columns of `metrics.reliability`.
-        title: names backbone, weights and data.
-    """
+    """Accuracy against confidence, a bin a point, with exact intervals (`metrics.reliability`)."""
     figure, axis = plt.subplots(figsize=(PAGE * 0.6, 4.2))
     low = min(table.confidence.min(), table.accuracy.min()) - 0.02
     axis.plot([low, 1], [low, 1], color="0.6", linestyle=":", label="perfectly calibrated")

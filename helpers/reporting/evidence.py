@@ -24,14 +24,13 @@ HEADLINE = {
 FEW_PLACES = 10
 """Test places below which an interval over places is called uncertain itself: percentile intervals
 of so few clusters are too narrow (Cameron, Gelbach and Miller 2008, doi 10.1162/rest.90.3.414)."""
-NOTHING_YET = "No task has been run yet; `make evidence` does it."
 
 
-def verdict(row: dict[str, Any], places: int) -> str:
+def verdict(row: dict[str, Any], evidence: Evidence) -> str:
     """The word for a paired difference; none where the data name no places."""
     if row["unit"] != "places":
         return "no places are named, so no verdict"
-    word = in_a_word(SimpleNamespace(**row))
+    word, places = in_a_word(SimpleNamespace(**row)), evidence.record["places"].get("test", 0)
     return f"{word} ({places} places only)" if places < FEW_PLACES else word
 
 
@@ -51,8 +50,23 @@ def auroc_gain(evidence: Evidence, method: str, over: str = REFERENCE) -> dict[s
     return rows[0] if rows else None
 
 
-def _test_places(evidence: Evidence) -> int:
-    return evidence.record["places"].get("test", 0)
+def _ahead(evidence: Evidence, method: str, over: str | None = None) -> tuple[str, str]:
+    """How far a row or shape is ahead of another row, and the verdict; dashes without a gain."""
+    gain = auroc_gain(evidence, method, over or REFERENCE)
+    if not gain:
+        return "-", "-"
+    return signed(gain, 4) + (f" over `{over}`" if over else ""), verdict(gain, evidence)
+
+
+def _first_run(evidence: Evidence, method: str) -> dict[str, Any] | None:
+    """What is kept of the first run of a row or shape, on all chips; None without one."""
+    runs = evidence.runs() | evidence.shapes()
+    return next((run.record for (name, _), run in runs.items() if name == method), None)
+
+
+def _cost(run: dict[str, Any]) -> tuple[str, str]:
+    """How many parameters a run trained, and in how many seconds."""
+    return f"{run['trained_parameters']:,}", f"{run['seconds']:.3g}"
 
 
 def _name(evidence: Evidence) -> str:
@@ -60,20 +74,11 @@ def _name(evidence: Evidence) -> str:
     return f"{evidence.record['task']}, {seen}"
 
 
-def methods_of(evidence: Evidence) -> list[str]:
-    """Rows of the table, in order."""
-    return list(dict.fromkeys(row["method"] for row in evidence.record["summary"]["means"]))
-
-
 def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict) -> tuple:
     """A task's row of the README's table: AUROC, bold where it is clearly ahead of the head.
 
-    Args:
-        name: of the task, and whether the backbone has seen it.
-        chips: of the test split.
-        trivial: name and metrics of the strongest baseline that knows no shapes.
-        means: name in HEADLINE -> row of `seeds.method_means`.
-        gains: the same -> row of `seeds.method_gains` over the head.
+    From the number of test chips, the strongest baseline that knows no shapes (name, metrics), and
+    by name in HEADLINE the rows of `seeds.method_means` and of `method_gains` over the head.
     """
     cells = []
     for method in HEADLINE:
@@ -87,12 +92,7 @@ def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict
 
 
 def headline_table(found: dict[str, Evidence], others: dict[str, tuple]) -> str:
-    """AUROC of every task and method.
-
-    Args:
-        found: evidence by task.
-        others: `headline_row` of tasks that have no evidence yet, by name.
-    """
+    """AUROC of every task and method; `others` are rows of tasks that have no evidence yet."""
     rows = dict(others)
     for name, evidence in found.items():
         means = {row["method"]: row for row in _summary(evidence, "means", metric="auroc")}
@@ -113,25 +113,21 @@ def tasks_table(found: dict[str, Evidence]) -> str:
         name, trivial = strongest_baseline(record["baselines"])
         cells = [with_group_interval(trivial[metric]) for metric in ("accuracy", "auroc")]
         lines.append((_name(evidence), name, *cells, *"------"))
-        for method in methods_of(evidence):
+        for method in dict.fromkeys(row["method"] for row in _summary(evidence, "means")):
             tests = [
                 _summary(evidence, "means", method=method, metric=metric)[0]
                 for metric in ("accuracy", "auroc")
             ]
             valid = _summary(evidence, "validation", method=method, metric="auroc")[0]["value"]
-            gain = auroc_gain(evidence, method)
-            runs = [run for (row, _), run in evidence.runs().items() if row == method]
-            measured = runs[0].record
+            measured = _first_run(evidence, method)
             lines.append(
                 (
                     "",
                     f"`{method}`, {tests[0]['seeds']} seeds",
                     *(with_interval(row, 3) for row in tests),
                     f"{valid:.3f}",
-                    signed(gain, 4) if gain else "-",
-                    verdict(gain, _test_places(evidence)) if gain else "-",
-                    f"{measured['trained_parameters']:,}",
-                    f"{measured['seconds']:.3g}",
+                    *_ahead(evidence, method),
+                    *_cost(measured),
                     f"{measured['memory_bytes'] / 1e6:,.0f}",
                 )
             )
@@ -140,7 +136,7 @@ def tasks_table(found: dict[str, Evidence]) -> str:
     header = ("task, by the backbone", "method", "test accuracy", "test AUROC",
               "AUROC on validation", "AUROC ahead of the head", "better?", "trained",
               "seconds", "peak MB")  # fmt: skip
-    return markdown(header, lines) if lines else NOTHING_YET
+    return markdown(header, lines)
 
 
 def rates_table(found: dict[str, Evidence]) -> str:
@@ -163,7 +159,7 @@ def rates_table(found: dict[str, Evidence]) -> str:
             )  # fmt: skip
     header = ("task", "method", "learning rate: validation loss", "chosen", "in its grid",
               "runs that validation stopped")  # fmt: skip
-    return markdown(header, lines) if lines else NOTHING_YET
+    return markdown(header, lines)
 
 
 def shares_table(found: dict[str, Evidence]) -> str:
@@ -174,37 +170,35 @@ def shares_table(found: dict[str, Evidence]) -> str:
             f"`{row['second']}`",
             f"{row['train_chips']:,} ({row['fraction']:.0%})",
             signed(row, 4),
-            verdict(row, _test_places(evidence)),
+            verdict(row, evidence),
         )
         for evidence in found.values()
         for row in evidence.record["summary"]["shares"]
     ]
     header = ("task, by the backbone", "method", "training chips", "AUROC ahead of the head",
               "better?")  # fmt: skip
-    return markdown(header, lines) if lines else NOTHING_YET
+    return markdown(header, lines)
 
 
 def ranks_table(found: dict[str, Evidence]) -> str:
     """DoRA, and LoRA of other ranks, layers and blocks, against the rows that they change."""
     lines = []
     for evidence in found.values():
-        runs = evidence.runs() | evidence.shapes()
         rows = {"dora": {"of": LORA, "method": "dora", "changes": {}}}
         for name, row in (rows | evidence.record["settings"]["shapes"]).items():
-            if not (gain := auroc_gain(evidence, name, row["of"])):
+            gain = auroc_gain(evidence, name, row["of"])
+            if not gain:
                 continue
             means = [r for t in ("means", "shapes") for r in _summary(evidence, t, method=name)]
             auroc = next(mean for mean in means if mean["metric"] == "auroc")
-            first = next(run.record for (method, _), run in runs.items() if method == name)
             lines.append(
                 (_name(evidence), f"`{name}`, {gain['seeds']} seeds", changes_in_words(row),
-                 with_interval(auroc, 3), f"{signed(gain, 4)} over `{row['of']}`",
-                 verdict(gain, _test_places(evidence)), f"{first['trained_parameters']:,}",
-                 f"{first['seconds']:.3g}")
+                 with_interval(auroc, 3), *_ahead(evidence, name, row["of"]),
+                 *_cost(_first_run(evidence, name)))
             )  # fmt: skip
     header = ("task, by the backbone", "shape", "what it changes", "test AUROC", "AUROC ahead",
               "better?", "trained", "seconds")  # fmt: skip
-    return markdown(header, lines) if lines else NOTHING_YET
+    return markdown(header, lines)
 
 
 def compares_bands(evidence: Evidence) -> bool:
@@ -219,24 +213,21 @@ def bands_table(found: dict[str, Evidence]) -> str:
     for evidence in found.values():
         settings, first = evidence.record["settings"], {}
         for name, row in settings["methods"].items():
-            runs = [run.record for (method, _), run in evidence.runs().items() if method == name]
-            if not runs:
+            run = _first_run(evidence, name)
+            if run is None:
                 continue
             values = {"bands": [0, 1, 2]} | settings["training"] | row["changes"]
             over = first.setdefault(row["method"], name)
-            gain = auroc_gain(evidence, name, over)
             auroc = _summary(evidence, "means", method=name, metric="auroc")[0]
             default = "repeated" if len(values["bands"]) != 3 else "pretrained"
             lines.append(
                 (_name(evidence), f"`{name}`, {auroc['seeds']} seeds",
                  ", ".join(map(str, values["bands"])), values.get("stem") or default,
-                 with_interval(auroc, 3), f"{signed(gain, 4)} over `{over}`" if gain else "-",
-                 verdict(gain, _test_places(evidence)) if gain else "-",
-                 f"{runs[0]['trained_parameters']:,}", f"{runs[0]['seconds']:.3g}")
+                 with_interval(auroc, 3), *_ahead(evidence, name, over), *_cost(run))
             )  # fmt: skip
     header = ("task, by the backbone", "row", "bands", "stem", "test AUROC", "AUROC ahead",
               "better?", "trained", "seconds")  # fmt: skip
-    return markdown(header, lines) if lines else NOTHING_YET
+    return markdown(header, lines)
 
 
 def changes_in_words(row: dict[str, Any]) -> str:
@@ -261,7 +252,7 @@ def random_split_table(found: dict[str, Evidence]) -> str:
             optimism = "optimistic" if row["low"] > 0 else "not clearly optimistic"
             lines.append((name, f"`{row['method']}`", *cells, signed(row, 3), optimism))
     header = ("task", "method", "places held out", "places mixed", "difference", "mixing is")
-    return markdown(header, lines) if lines else NOTHING_YET
+    return markdown(header, lines)
 
 
 def matched_sentence(evidence: Evidence) -> str:
@@ -288,7 +279,7 @@ def task_sentence(evidence: Evidence) -> str:
     said = f"{evidence.record['settings']['title']}: "
     gain = auroc_gain(evidence, LORA)
     if gain:
-        word = verdict(gain, _test_places(evidence))
+        word = verdict(gain, evidence)
         over = f"95 % over {gain['unit']} and {gain['seeds']} seeds"
         said += f"does LoRA improve on the head? {word}: AUROC {signed(gain, 4)} ({over}). "
     return said + ranking_sentence(evidence)
@@ -318,7 +309,7 @@ def when_lora_pays(found: dict[str, Evidence]) -> str:
         if kinds:
             said = ", ".join(f"{kind} on {', '.join(names)}" for kind, names in kinds.items())
             parts.append(f"where the backbone has {'' if seen else 'not '}seen the chips: {said}")
-    return f"LoRA against the head, {'; '.join(parts)}." if parts else NOTHING_YET
+    return f"LoRA against the head, {'; '.join(parts)}." if parts else ""
 
 
 def sources(found: dict[str, Evidence]) -> str:
@@ -332,22 +323,10 @@ def sources(found: dict[str, Evidence]) -> str:
     )
 
 
-def shares_of(found: dict[str, Evidence]) -> pd.DataFrame:
-    """What `evidence_plots.gain_by_chips` draws: `summary.shares` with `task` and `seen`."""
-    tables = [
-        pd.DataFrame(evidence.record["summary"]["shares"]).assign(
-            task=name, seen=evidence.record["settings"]["seen"]
-        )
+def over_tasks(found: dict[str, Evidence], table: str) -> pd.DataFrame:
+    """A table of every summary below each other, with `task` and `seen`: what figures draw."""
+    return pd.DataFrame(
+        row | {"task": name, "seen": evidence.record["settings"]["seen"]}
         for name, evidence in found.items()
-        if evidence.record["summary"]["shares"]
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def means_of(found: dict[str, Evidence]) -> pd.DataFrame:
-    """What `evidence_plots.methods_by_task` draws: `summary.means` with `task`."""
-    tables = [
-        pd.DataFrame(evidence.record["summary"]["means"]).assign(task=name)
-        for name, evidence in found.items()
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        for row in evidence.record["summary"][table]
+    )

@@ -15,10 +15,8 @@ from helpers.reporting.plots import PAGE, line_style, method_styles, titled
 def gain_by_chips(rows: pd.DataFrame, title: str) -> Figure:
     """AUROC gain over the head against training chips, a line a task and method, bands of 95 %.
 
-    Args:
-        rows: `task`, `seen`, `second` (the method), `train_chips`, `value`, `low`, `high`; hollow
-            markers where the backbone has not seen the chips.
-        title: names the backbone.
+    Rows are the `shares` of `evidence.over_tasks`; markers are hollow where the backbone has not
+    seen the chips.
     """
     figure, axis = plt.subplots(figsize=(PAGE, 4.2))
     for number, ((task, method), line) in enumerate(rows.groupby(["task", "second"], sort=False)):
@@ -40,12 +38,7 @@ def gain_by_chips(rows: pd.DataFrame, title: str) -> Figure:
 
 
 def methods_by_task(means: pd.DataFrame, title: str) -> Figure:
-    """Test AUROC of every method with its interval, a panel a task.
-
-    Args:
-        means: `task` and the columns of `seeds.method_means`.
-        title: names the backbone.
-    """
+    """Test AUROC of every method with its interval, a panel a task (`evidence.over_tasks`)."""
     rows = means[means.metric == "auroc"]
     tasks, methods = list(dict.fromkeys(rows.task)), list(dict.fromkeys(rows.method))
     styles = method_styles(methods)

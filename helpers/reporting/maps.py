@@ -32,13 +32,9 @@ _OUTLINE = [withStroke(linewidth=3, foreground="black")]
 
 
 def draw_map(scene: Path, bands: tuple[int, ...], map_path: Path, png: Path) -> None:
-    """Write the picture of a map, with legend, scale bar and north.
+    """Write the picture of a map (`data.cells.write_map`), with legend, scale bar and north.
 
-    Args:
-        scene: what was mapped.
-        bands: zero-based; the first three become red, green and blue, or the first one grey.
-        map_path: what `data.cells.write_map` wrote of it.
-        png: is replaced.
+    Of the zero-based bands the first three become red, green and blue, or the first one grey.
     """
     save(map_figure(scene, bands, map_path), png)
 
@@ -85,18 +81,13 @@ def judged_figure(
 ) -> Figure:
     """A scene with what people drew on it, and below it where the map is right, wrong or unsure.
 
-    Args:
-        scene: what was mapped.
-        bands: as of `draw_map`.
-        judged: of `evaluation.ground_truth.judge_cells`.
-        polygons: what people drew, in the scene's coordinates.
+    Cells are of `ground_truth.judge_cells`, polygons in the scene's coordinates.
     """
     with rasterio.open(scene.path) as raster:
         picture = _stretched(_read(raster, bands))
         left, bottom, right, top = raster.bounds
     wide = scene.width >= scene.height
-    size = (PAGE, 2.2 * PAGE * scene.height / scene.width) if wide else (PAGE, 0.55 * PAGE
-            * scene.height / scene.width)  # fmt: skip
+    size = (PAGE, (2.2 if wide else 0.55) * PAGE * scene.height / scene.width)
     grid = (2, 1) if wide else (1, 2)
     figure, axes = plt.subplots(*grid, figsize=size, dpi=_PAGE_DPI, layout="constrained")
     for axis in axes:
@@ -125,14 +116,9 @@ def judged_figure(
 def error_figure(
     scene: Scene, bands: tuple[int, ...], errors: gpd.GeoDataFrame, polygons: gpd.GeoDataFrame
 ) -> Figure:
-    """The ground around cells, with what people drew on it and the cell's window outlined.
+    """The ground around wrong cells, with what people drew on it and the cell's window outlined.
 
-    Args:
-        scene: what was mapped.
-        bands: as of `draw_map`.
-        errors: cells with `class`, `truth`, `cover`, the probability of that class as `p`, and
-            the window as `window`; in the order in which they are drawn.
-        polygons: what people drew, in the scene's coordinates.
+    Cells are of `ground_truth.confident_errors`, polygons in the scene's coordinates.
     """
     across = min(5, len(errors))
     down = -(-len(errors) // across)

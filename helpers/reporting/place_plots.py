@@ -1,4 +1,4 @@
-"""Where on the ground a classifier is right."""
+"""Where on the ground a classifier is right. Titles name backbone, weights and data."""
 
 import numpy as np
 import pandas as pd
@@ -15,10 +15,7 @@ WORST_NAMED = 5  # places with their accuracy written beside them
 def accuracy_by_place(table: pd.DataFrame, where: pd.DataFrame, title: str) -> Figure:
     """A map of the test places where all have coordinates, else a list of the worst.
 
-    Args:
-        table: `method` and the columns of `robustness.accuracy_by_group`.
-        where: of `robustness.place_coordinates`.
-        title: names backbone, weights and data.
+    From `robustness.accuracy_by_group` with `method`, and `robustness.place_coordinates`.
     """
     if where.empty:
         return worst_places(table, title)
@@ -28,9 +25,7 @@ def accuracy_by_place(table: pd.DataFrame, where: pd.DataFrame, title: str) -> F
 def worst_places(table: pd.DataFrame, title: str) -> Figure:
     """The places with the lowest accuracy, with exact intervals; a line for all chips together.
 
-    Args:
-        table: as in `accuracy_by_place`; the mean over methods puts places in order.
-        title: as there.
+    The mean over methods puts places in order.
     """
     styles = method_styles(list(table.method.unique()))
     spread = dict(zip(styles, np.linspace(0.3, -0.3, len(styles) + 2)[1:-1], strict=True))
@@ -62,11 +57,8 @@ def places_map(where: pd.DataFrame, title: str) -> Figure:
     """Test places where they lie, a panel a method; the area of a circle is their chips.
 
     The worst places of `robustness.SMALL_PLACE` chips or more (of all, where none has so many)
-    are named with accuracy and chips; colours end at the worst of these.
-
-    Args:
-        where: `method`, `group`, `chips`, `longitude`, `latitude` (degrees), `accuracy`.
-        title: names backbone, weights and data.
+    are named with accuracy and chips; colours end at the worst of these. Columns: `method`,
+    `group`, `chips`, `longitude`, `latitude` (degrees), `accuracy`.
     """
     large = where[where.chips >= SMALL_PLACE]
     large = where if large.empty else large

@@ -1,6 +1,7 @@
 """The look of every figure, and the figures of one run, from tables that were computed elsewhere.
 
-Each function returns a matplotlib figure; `save` writes it and the table behind it.
+Each function returns a matplotlib figure, whose title names backbone, weights and data; `save`
+writes it and the table behind it.
 """
 
 import io
@@ -90,12 +91,9 @@ def label_points(axis: Axes, x, y, texts: Iterable[str], radii) -> None:
 
     From a name that is not beside its point a thin line leads there.
 
-    Args:
-        axis: laid out, with its final limits: places are compared in pixels.
-        x: of the points, in the axis' units.
-        y: of the points, in the axis' units.
-        texts: one a point, empty for those without a name; the first get the best places.
-        radii: of the points' markers, in points (1/72 inch), one or one each.
+    The axis is laid out, with its final limits: places are compared in pixels. A point has one text,
+    empty for no name; the first get the best places. Radii of markers, one or one each, are in
+    points (1/72 inch).
     """
     renderer = axis.figure.canvas.get_renderer()
     places, radii = np.column_stack([x, y]), np.broadcast_to(radii, len(x))
@@ -217,13 +215,8 @@ def features_by_acquisition(
 ) -> Figure:
     """The same chips twice, placed by their features: by class, and by their acquisition.
 
-    Args:
-        components: (N, 2), of `inspection.feature_components`.
-        shares: of the variance, (2,).
-        labels: class of each chip, (N,).
-        statistic: of `baselines.strongest_statistic`; colours run between its 2 % and 98 %
-            quantiles.
-        title: names backbone, weights and data.
+    From `inspection.feature_components`, the class of each chip (N,) and
+    `baselines.strongest_statistic`, whose 2 % and 98 % quantiles end the colours.
     """
     figure, axes = plt.subplots(1, 2, figsize=(PAGE * 1.05, 3.9), sharex=True, sharey=True)
     size = float(np.clip(6000 / len(components), 5, 25))  # square points

@@ -93,12 +93,7 @@ class Report(NamedTuple):
 
 
 def results_page(table: pd.DataFrame, reports: Iterable[Report]) -> str:
-    """The page as HTML.
-
-    Args:
-        table: of `results_table.results_table`.
-        reports: in reading order.
-    """
+    """The page as HTML, of `results_table.results_table`, with reports in reading order."""
     texts, coded = [], table.copy()
     for name in table:
         numbers, entries = pd.factorize(table[name])

@@ -42,12 +42,8 @@ def comparison_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a comparison: all runs, the baselines, and the means over seeds of the main runs.
 
-    Args:
-        task: name of the data.
-        runs: of `comparison.read_runs`.
-        measured: names of the runs that trained in a process of their own.
-        means: of `seeds.method_means`.
-        trivial: metrics of the baselines, by name.
+    `measured` are names of the runs that trained in a process of their own, `trivial` metrics of
+    the baselines by name.
     """
     common = {"study": "comparison", "task": task}
     rows = baseline_rows(common, trivial)

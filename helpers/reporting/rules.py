@@ -12,11 +12,8 @@ def answer_curves(
 ) -> Figure:
     """Precision and recall against the threshold; coverage and unsure against the error rate.
 
-    Args:
-        thresholds: of `operating.threshold_table`; without rows the first panel is left out.
-        coverage: of `operating.coverage_table`.
-        prevalence: that `thresholds` was made for.
-        title: names backbone, weights and data.
+    From `operating.threshold_table` for that prevalence, without whose rows the first panel is left
+    out, and `coverage_table`.
     """
     panels = 1 + (len(thresholds) > 0)
     figure, axes = plt.subplots(1, panels, figsize=(PAGE * panels / 2, 3.8), squeeze=False)

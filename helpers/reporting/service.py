@@ -25,11 +25,7 @@ def http_curve(
 ) -> Figure:
     """Latency and answered images against the offered ones, by what a request holds.
 
-    Args:
-        curve: of `http.measure_http`.
-        in_process: of `load.measure_load`, of the same variant.
-        bound_ms: drawn beside the latencies.
-        title: of the figure.
+    From `http.measure_http` and `load.measure_load` of the same variant.
     """
     alone = in_process[in_process.load < 1]
     ways = {"in process": alone.assign(offered_images_per_s=alone.target_qps,

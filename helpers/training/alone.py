@@ -31,12 +31,7 @@ def train_alone(config: RunConfig, data: ChipData, report: Callable[[str], None]
 
     Its history then holds the peak memory of the whole process, Python and libraries included, and
     seconds that share nothing with other runs. It ends when this one does, and with whatever is
-    raised here.
-
-    Args:
-        config: of the run.
-        data: from `config.data()`; the process does not read the manifest again.
-        report: receives the progress of the training.
+    raised here. It does not read the manifest again.
 
     Raises:
         InputError: what was wrong in the process, in one line; or the system ended it.

@@ -73,10 +73,7 @@ def shareable(record: dict[str, Any]) -> dict[str, Any]:
 def write_card(folder: Path, record: dict[str, Any], file: str) -> Path:
     """Write `README.md` into the folder of a run, whole or not at all.
 
-    Args:
-        folder: of the run.
-        record: of the run, as `shareable` makes it.
-        file: name of its weights or its adapter folder in that folder.
+    The record is as `shareable` makes it; `file` names the weights or the adapter in that folder.
     """
     path = folder / CARD
     with written_whole(path) as part:

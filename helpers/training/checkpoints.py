@@ -12,17 +12,11 @@ from helpers.records import written_whole
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a fit on disk, written whole after every epoch.
-
-    Args:
-        path: the file.
-        identity: what must be equal for a fit to go on from it (configuration, data, weights).
-        resume: whether to go on from the file if there is one.
-    """
+    """The state of a fit on disk, written whole after every epoch."""
 
     path: Path
-    identity: dict
-    resume: bool
+    identity: dict  # what must be equal for a fit to go on (configuration, data, weights)
+    resume: bool  # whether to go on from the file if there is one
 
     def write(self, state: dict, processes: int) -> None:
         """Replace the file by this state."""

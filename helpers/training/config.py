@@ -73,7 +73,7 @@ class TrainingConfig(Places, DataConfig):
     adapted_blocks: PositiveInt | None = Field(
         None,
         description="of all but head_only: train the last k blocks, on kept tokens of the others; "
-        "None: all",
+        "by default all, in finetune_lora.ipynb the last 6",
     )
     epochs: PositiveInt | None = Field(
         None, le=10**6, description=f"at most, passes over the training images{_by_method}"

@@ -38,12 +38,8 @@ def batches(dataset: ChipDataset, batch_size: int, device: str = "cpu") -> DataL
 def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tensor:
     """All chips of a split as one tensor (N, bands, S, S), each file decoded once.
 
-    Of several processes on a machine one decodes into the file, and all map it.
-
-    Args:
-        dataset: N chips.
-        memory_limit_bytes: a larger tensor is kept in a file and memory-mapped.
-        path: that file; it is overwritten.
+    A tensor above the limit is kept in the file, which is overwritten, and memory-mapped. Of
+    several processes on a machine one decodes into the file, and all map it.
     """
     processes = several()
     waits = processes is not None and not processes.is_local_main_process
@@ -74,14 +70,11 @@ def decoded(dataset: ChipDataset, memory_limit_bytes: float, path: Path) -> Tens
 class FeatureExamples:
     """What frozen blocks made of the chips as training examples: features or tokens.
 
-    Args:
-        values: features (views, N, F) float32, or tokens (views, N, T, width) in half precision;
-            with several views, training draws one per image and epoch.
-        targets: (N,) int64.
+    With several views, training draws one per image and epoch.
     """
 
-    values: Tensor
-    targets: Tensor
+    values: Tensor  # features (views, N, F) float32, or tokens (views, N, T, width) of 16 bits
+    targets: Tensor  # (N,) int64
 
     @property
     def views(self) -> int:
@@ -95,17 +88,11 @@ class FeatureExamples:
 
 @dataclass(frozen=True)
 class ChipExamples:
-    """Decoded chips as training examples.
+    """Decoded chips as training examples."""
 
-    Args:
-        values: (N, bands, S, S) uint8 or float32, in memory or memory-mapped.
-        targets: (N,) int64.
-        views: 8 to draw one of the flips and rotations per image and epoch, else 1.
-    """
-
-    values: Tensor
-    targets: Tensor
-    views: int = 1
+    values: Tensor  # (N, bands, S, S) uint8 or float32, in memory or memory-mapped
+    targets: Tensor  # (N,) int64
+    views: int = 1  # 8 to draw one of the flips and rotations per image and epoch
 
     def take(self, rows: Tensor, views: Tensor, device: str | torch.device = "cpu") -> Tensor:
         """Chips (n, bands, S, S) of n rows, each flipped and rotated there by its own view."""

@@ -24,27 +24,18 @@ from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole, written_whole_folder
 from helpers.training.cache import entry_folder, read_seconds, write_record
-from helpers.training.examples import batches, dihedral
+from helpers.training.examples import FeatureExamples, batches, dihedral
 from helpers.training.processes import fast_products, several
 
 _BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features of one split.
+class Features(FeatureExamples):
+    """Features (views, N, 5 * width) float32 of one split, see `Classifier.features`."""
 
-    Args:
-        values: (views, N, 5 * width) float32, see `Classifier.features`.
-        targets: (N,) int64.
-        seconds: wall time of the forward pass that computed them, decoding included.
-        from_cache: whether this call read them instead of computing them.
-    """
-
-    values: Tensor
-    targets: Tensor
-    seconds: float
-    from_cache: bool
+    seconds: float  # of the forward pass that computed them, decoding included
+    from_cache: bool  # whether this call read them instead of computing them
 
 
 @contextmanager
@@ -152,23 +143,19 @@ def cached_features(
     mapped = 4 * np.prod(shape) > memory_limit_bytes
     found = _read_entry(entry, shape, dataset.targets, mapped)
     processes = several()
-    if processes and not all(gather_object([found is not None])):
-        _share_out(classifier, dataset, entry, shape, processes, **options)
-        found = _read_entry(entry, shape, dataset.targets, mapped)
-        return replace(found, from_cache=False)
-    if found is not None:
+    complete = all(gather_object([found is not None])) if processes else found is not None
+    if complete:
         return found
-    if entry.is_file():
-        entry.unlink()
-    with written_whole_folder(entry) as part:
-        file = part / "values.npy"
-        features = extract_features(classifier, dataset, file=file, **options)
-        write_record(file, features.seconds)
-        # What is computed goes the way of what is read, so that both give the same bits.
-        values = None if mapped else features.values.clone()
-    if values is None:
-        values = torch.from_numpy(np.load(entry / "values.npy", mmap_mode="c"))
-    return Features(values, features.targets, features.seconds, False)
+    if processes:
+        _share_out(classifier, dataset, entry, shape, processes, **options)
+    else:
+        if entry.is_file():
+            entry.unlink()
+        with written_whole_folder(entry) as part:
+            file = part / "values.npy"
+            write_record(file, extract_features(classifier, dataset, file=file, **options).seconds)
+    # What is computed is read as it would be the next time, so that both give the same bits.
+    return replace(_read_entry(entry, shape, dataset.targets, mapped), from_cache=False)
 
 
 def _share_out(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from helpers.data.dataset import ChipData
 from helpers.models.classifier import HEAD_INPUTS, Classifier, head_columns
 from helpers.training.config import RunConfig
-from helpers.training.examples import FeatureExamples
 from helpers.training.features import Features, extract_features
 from helpers.training.loop import fit
 from helpers.training.progress import Progress
@@ -73,8 +72,8 @@ def fit_heads(
         progress = fit(
             heads,
             groups,
-            FeatureExamples(train.values, train.targets),
-            FeatureExamples(valid.values, valid.targets),
+            train,
+            valid,
             fit_settings(config, train.targets),
             accelerator=accelerator,
             report=report,

@@ -47,25 +47,17 @@ def by_labels(model: nn.Module, inputs: Tensor, targets: Tensor, rows: Tensor):
 class FitSettings:
     """How to train.
 
-    Args:
-        epochs: at most this many passes over the training images.
-        patience: epochs without a better validation loss after which a candidate stops.
-        batch_size: images per optimizer step, over all processes.
-        warmup_fraction: share of all steps with a linearly rising learning rate; a cosine to
-            zero follows.
-        max_grad_norm: norm that a candidate's gradient is clipped to; None for no clipping.
-        class_weights: weight of each class in the training loss; the validation loss is then the
-            mean of the classes' losses. None to count all images alike in both.
-        seed: of the order of images and their augmentation.
+    With weights of the classes in the training loss, the validation loss is the mean of the
+    classes' losses; without, all images count alike in both.
     """
 
-    epochs: int
-    patience: int
-    batch_size: int
-    warmup_fraction: float = 0.05
-    max_grad_norm: float | None = None
+    epochs: int  # passes over the training images, at most
+    patience: int  # epochs without a better validation loss after which a candidate stops
+    batch_size: int  # images per optimizer step, over all processes
+    warmup_fraction: float = 0.05  # of all steps, at a rising rate; a cosine to zero follows
+    max_grad_norm: float | None = None  # that a candidate's gradient is clipped to
     class_weights: tuple[float, ...] | None = None
-    seed: int = 0
+    seed: int = 0  # of the order of images and their augmentation
 
 
 def fit(

@@ -67,10 +67,7 @@ def measured(
 ) -> dict[str, float]:
     """Median seconds of a step in each precision, in turns, after a first step of each.
 
-    Args:
-        step: does one in the precision it is given.
-        precisions: to compare, fp32 first; one that is hopeless in its first step is left out.
-        clock: seconds.
+    fp32 comes first; a precision that is hopeless in its first step is left out.
     """
 
     def seconds(precision: str) -> float:
@@ -98,33 +95,20 @@ class LoraStep:
 
     Two blocks of random weights stand for the backbone; on a CPU a step has as many of the batch's
     images as take about 50 ms.
-
-    Args:
-        backbone: a name that `architecture` takes.
-        image_size: pixels.
-        bands: of a chip.
-        targets: layers of the blocks that an adapter is put on.
-        batch_size: images per step of the run.
-        device: `cpu` or `cuda`.
     """
 
-    backbone: str
-    image_size: int
-    bands: int
-    targets: tuple[str, ...]
-    batch_size: int
-    device: str
+    backbone: str  # a name that `architecture` takes
+    image_size: int  # pixels
+    bands: int  # how many
+    targets: tuple[str, ...]  # layers of the blocks that an adapter is put on
+    batch_size: int  # images per step of the run
+    device: str  # `cpu` or `cuda`
 
 
 def step_seconds(timed: LoraStep, precisions: list[str], cache_path: str) -> dict[str, float]:
     """`measured` of LoRA steps on this machine, from the cache where they are there already.
 
-    Of several processes the main one measures.
-
-    Args:
-        timed: the step.
-        precisions: that the device has, fp32 first.
-        cache_path: folder of the cache; the measurements are in its `precision.json`.
+    Of several processes the main one measures. Precisions are those of the device, fp32 first.
     """
     if len(precisions) == 1:
         return {}

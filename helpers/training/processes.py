@@ -14,12 +14,9 @@ _PATIENCE = timedelta(days=1)  # of who waits while the main process decodes a l
 
 
 def processes(device: str) -> PartialState:
-    """The processes of this run; each of several has a GPU of its own from here on.
+    """The processes of this run on `cpu` or `cuda`; each of several has a GPU of its own now.
 
     Accelerate keeps the device that a process began with; a notebook may train on another.
-
-    Args:
-        device: `cpu` or `cuda`.
     """
     began = PartialState._shared_state.get("device")
     if not torch.distributed.is_initialized() and began and began.type != device:
@@ -28,14 +25,9 @@ def processes(device: str) -> PartialState:
 
 
 def fresh_accelerator(device: str, mixed_precision: str = "no", **options: Any) -> Accelerator:
-    """An accelerator of the processes of this run, in this precision.
+    """An accelerator of the processes of this run, in a precision by Accelerate's word for it.
 
     Accelerate keeps the first precision of a process; a notebook trains in several.
-
-    Args:
-        device: `cpu` or `cuda`.
-        mixed_precision: Accelerate's word: no, bf16 or fp16.
-        options: others of `Accelerator`.
     """
     processes(device)
     AcceleratorState._reset_state()

@@ -42,23 +42,17 @@ WEIGHTS, ADAPTER = "model_final.safetensors", "adapter"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run.
+    """A finished training run; without classifier and adapter where records alone were read.
 
-    Args:
-        classifier: on the CPU, with the weights of the best epoch, an adapter merged into them;
-            None for a run read from its records alone.
-        adapter: the same unmerged, for the methods of PEFT.
-        history: one row per epoch of the chosen candidate (`progress.HISTORY_COLUMNS`).
-        predictions: one row per validation and test chip: split, img_path, group, label, target,
-            predicted and the probability of each class, `p_<class>` (float32).
-        record: what the run's JSON holds.
+    Predictions have a row per validation and test chip: split, img_path, group, label, target,
+    predicted and the probability of each class, `p_<class>` (float32).
     """
 
-    classifier: Classifier | None
-    adapter: PeftModel | None
-    history: pd.DataFrame
+    classifier: Classifier | None  # on the CPU, of the best epoch, an adapter merged
+    adapter: PeftModel | None  # the same unmerged, for the methods of PEFT
+    history: pd.DataFrame  # an epoch of the chosen candidate a row (`progress.HISTORY_COLUMNS`)
     predictions: pd.DataFrame
-    record: dict[str, Any]
+    record: dict[str, Any]  # what the run's JSON holds
 
     @property
     def candidates(self) -> pd.DataFrame:
@@ -103,11 +97,7 @@ def metric_entries(predictions: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def metric_values(predictions: pd.DataFrame) -> dict[str, dict[str, float]]:
     """The same without intervals: metric -> value."""
-    values = weighted_metrics(
-        predictions.target.to_numpy(),
-        class_probabilities(predictions),
-        np.ones((1, len(predictions))),
-    )
+    values = weighted_metrics(predictions.target.to_numpy(), class_probabilities(predictions))
     return {name: {"value": round(float(values[name][0]), 6)} for name in METRICS}
 
 
@@ -122,18 +112,11 @@ def finished_run(
     probabilities: dict[str, Tensor],
     digest: str,
 ) -> Run:
-    """Gather what a run leaves behind.
+    """Gather what a run with a resolved configuration leaves behind.
 
-    Args:
-        config: resolved.
-        data: that it was trained on.
-        classifier: of the best epoch; it is moved to the CPU.
-        adapter: of a method of PEFT, on the CPU.
-        progress: at the end of the fit.
-        candidates: the sweep's parameters, one row a candidate; how each ended is added.
-        parameters: counts by name.
-        probabilities: (n, classes) of the splits valid and test.
-        digest: of the backbone's weights before training.
+    The classifier, of the best epoch, is moved to the CPU, where an adapter is. `candidates` are
+    the sweep's parameters, one row each; how each ended is added. `probabilities` (n, classes) are
+    those of the splits valid and test, `digest` is of the backbone's weights before training.
     """
     predictions = predictions_table(data, probabilities)
     history = progress.history(progress.best)

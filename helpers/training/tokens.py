@@ -79,14 +79,8 @@ def cached_tokens(
     The main process computes and writes what is missing. A split above `memory_limit_gb` is
     memory-mapped; with `augment` all eight views of the training chips are kept.
 
-    Args:
-        config: resolved.
-        data: that is trained on.
-        model: on the CPU, its frozen weights in the precision that they are used in.
-        block: how many blocks are frozen, at least 1.
-        digest: of the backbone's weights in fp32.
-        accelerator: device, precision and processes.
-        splits: to return.
+    The model is on the CPU, its at least one frozen block in the precision that it is used in;
+    `digest` is of the backbone's weights in fp32.
 
     Returns:
         Examples (views, N, T, width) in half precision by split, or None where the disk does not

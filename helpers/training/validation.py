@@ -1,6 +1,5 @@
 """What a model says of examples, and how good its answers are."""
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -46,9 +45,7 @@ def validated(probabilities: Tensor, targets: Tensor, balanced: bool) -> dict:
     picked = probabilities[:, torch.arange(len(targets)), targets]
     losses = -picked.clamp_min(1e-12).log() @ (weights / weights.sum())
     rows = [
-        weighted_metrics(
-            targets.numpy(), candidate.nan_to_num().numpy(), np.ones((1, len(targets)))
-        )
+        weighted_metrics(targets.numpy(), candidate.nan_to_num().numpy())
         for candidate in probabilities
     ]
     return {

@@ -16,11 +16,10 @@ from helpers.deployment.scoring import (
     find_inputs,
     open_model,
     prefetched,
-    score_chips,
 )
 from helpers.deployment.variants.build import build_variants
 from helpers.deployment.variants.source import Source
-from helpers.evaluation.calibration import AnswerRule, fit_rule
+from helpers.evaluation.calibration import fit_rule
 from helpers.models.adapters import AdapterSettings, add_adapter, save_adapter
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import ClassifierConfig, create_classifier
@@ -76,12 +75,16 @@ def answer(model, given, output, **changes):
     return read(files[0]), files
 
 
+def pixels_of(paths):
+    """Chips as training sees them."""
+    dataset = ChipDataset(paths, [0] * len(paths), (2, 0, 1), SIZE)
+    return torch.stack([chip for chip, _ in dataset])
+
+
 def expected(paths):
-    """Probabilities from the classifier itself, on chips as training sees them."""
-    dataset = ChipDataset(list(paths), [0] * len(paths), (2, 0, 1), SIZE)
-    batch = torch.stack([chip for chip, _ in dataset])
+    """Probabilities from the classifier itself."""
     with torch.inference_mode():
-        return make_classifier()(batch).softmax(dim=1).numpy()
+        return make_classifier()(pixels_of(paths)).softmax(dim=1).numpy()
 
 
 def test_a_folder(model, chips, tmp_path):
@@ -181,13 +184,11 @@ def test_every_form_of_a_model(model, chips, tmp_path):
     names = ("eager_fp32", "onnx_fp32", "openvino_int8")
     built, _, _ = build_variants(source, names, threads=1)
     digests = {open_model(model).digest}
-    paths = sorted(chips.glob("*/*.png"))
-    dataset = ChipDataset(paths, [0] * len(paths), (2, 0, 1), SIZE)
-    pixels = torch.stack([chip for chip, _ in dataset]).numpy()
+    pixels = pixels_of(sorted(chips.glob("*/*.png")))
     for variant in built.values():
         path = variant.folder / f"{variant.name}.json"
         table = answer(path, chips, tmp_path / variant.name)[0]
-        logits = load(variant, threads=1)(pixels)
+        logits = load(variant, threads=1)(pixels.numpy())
         np.testing.assert_allclose(table["p_tree"], softmax(logits, axis=1)[:, 1], atol=1e-5)
         if variant.precision == "fp32":
             np.testing.assert_allclose(table["p_tree"], reference["p_tree"], atol=1e-5)
@@ -202,10 +203,8 @@ def test_an_adapter_folder(chips, tmp_path):
     adapted = add_adapter(base, AdapterSettings())
     folder = save_adapter(adapted.eval(), tmp_path / "run" / "adapter", digest, PROVENANCE)
     table = answer(folder, chips, tmp_path / "p")[0]
-    paths = sorted(chips.glob("*/*.png"))
-    dataset = ChipDataset(paths, [0] * len(paths), (2, 0, 1), SIZE)
     with torch.inference_mode():
-        logits = adapted(torch.stack([chip for chip, _ in dataset]))
+        logits = adapted(pixels_of(sorted(chips.glob("*/*.png"))))
     np.testing.assert_allclose(table["p_tree"], logits.softmax(dim=1)[:, 1], atol=1e-5)
 
 
@@ -299,15 +298,6 @@ def test_damaged_predictions_are_one_error(model, chips, tmp_path, content):
         (tmp_path / "predictions.parquet").write_bytes(content)
     with pytest.raises(InputError, match=r"predictions\.parquet: not the predictions"):
         answer(path, chips, tmp_path / "p")
-
-
-def test_scores_of_a_notebook_are_those_of_the_command(model, chips, tmp_path):
-    settings = config(model, chips, tmp_path / "p")
-    scorer = open_model(model)
-    table, files = score_chips(scorer, AnswerRule(), find_inputs(scorer, settings), settings)
-    written = pd.read_csv(files[0])
-    np.testing.assert_allclose(written["p_tree"], table["p_tree"], rtol=1e-5)
-    assert written["answer"].tolist() == table["answer"].tolist()
 
 
 def test_a_model_that_answers_with_nan(chips, tmp_path):

@@ -88,21 +88,31 @@ def empty_file(folder):
 
 CHIPS = "predict --model_path model.safetensors --input chips --output out"
 SCENE = "predict --model_path model.safetensors --input scene.tif --output map"
+SHIP = "ship --model_path model.safetensors --output"
 GAPS = np.zeros((3, 90, 90), np.uint8)
+
+
+def of_chips(name, says, flags="", **made):
+    return Fault(name, partial(chips, **made), f"{CHIPS} {flags}", says)
+
+
+def of_scene(name, says, flags="", **made):
+    return Fault(name, partial(scene, **made), f"{SCENE} {flags}", says)
+
+
+def of_list(name, content, says):
+    return Fault(name, text("list.csv", content), CHIPS.replace("chips", "list.csv"), says)
+
 
 ROWS = [
     Fault(
         "ship what needs torch",
         model,
-        "ship --model_path model.safetensors --output deploy",
+        f"{SHIP} deploy",
         ("model_path: model.safetensors needs this project to run", "openvino_int8.json"),
     ),
-    Fault(
-        "ship over a folder",
-        chips,
-        "ship --model_path model.safetensors --output chips",
-        ("output: chips is there already",),
-    ),
+    Fault("ship over a folder", chips, f"{SHIP} chips", ("output: chips is there already",)),
+    # Models and inputs
     Fault("predict without parameters", None, "predict", ("model_path", "input", "output")),
     Fault("model not there", None, CHIPS, ("model.safetensors",)),
     Fault(
@@ -115,24 +125,13 @@ ROWS = [
         ("v.json", "variant"),
     ),
     Fault("input not there", model, CHIPS, ("input: chips names no image",)),
-    Fault(
-        "CSV without img_path",
-        text("list.csv", "path\na.png\n"),
-        CHIPS.replace("chips", "list.csv"),
-        ("list.csv", "img_path"),
-    ),
-    Fault(
-        "CSV without rows",
-        text("list.csv", "img_path\n"),
-        CHIPS.replace("chips", "list.csv"),
-        ("list.csv", "row"),
-    ),
-    Fault("chips of another band count", partial(chips, bands=4), CHIPS, ("4 bands", "of 3")),
-    Fault(
-        "chips of another type",
-        partial(chips, suffix=".npy", dtype="uint16"),
-        CHIPS,
-        ("uint16", "trained on uint8"),
+    of_list("CSV without img_path", "path\na.png\n", ("list.csv", "img_path")),
+    of_list("CSV without rows", "img_path\n", ("list.csv", "row")),
+    Fault("picture called a TIFF", text("scene.tif", "GIF89a"), SCENE, ("scene.tif",)),
+    # Chips
+    of_chips("chips of another band count", ("4 bands", "of 3"), bands=4),
+    of_chips(
+        "chips of another type", ("uint16", "trained on uint8"), suffix=".npy", dtype="uint16"
     ),
     Fault(
         "no chip can be read",
@@ -141,45 +140,26 @@ ROWS = [
         ("none of 1 chips can be read",),
     ),
     Fault("predictions below a file", text("taken", ""), f"{CHIPS[:-3]}taken/out", ("taken",)),
-    Fault("unknown threshold", chips, f"{CHIPS} --threshold best", ("threshold: ", "'best'")),
-    Fault("threshold of one", chips, f"{CHIPS} --threshold 1.0", ("threshold: ",)),
-    Fault("error rate of one", chips, f"{CHIPS} --error_rate 1", ("error_rate: ",)),
+    of_chips("unknown threshold", ("threshold: ", "'best'"), "--threshold best"),
+    of_chips("threshold of one", ("threshold: ",), "--threshold 1.0"),
+    of_chips("error rate of one", ("error_rate: ",), "--error_rate 1"),
+    of_chips("chips on ray", ("engine: ray maps scenes",), "--engine ray"),
+    # Scenes
     Fault("scene of no bytes", empty_file, f"{SCENE} --kind scene", ("scene.tif", "empty file")),
-    Fault("scene without coordinates", partial(scene, crs=None), SCENE, ("coordinate system",)),
-    Fault(
-        "rotated scene",
-        partial(scene, transform=NORTH_UP @ Affine.rotation(20)),
-        SCENE,
-        ("rotated", "gdalwarp"),
-    ),
-    Fault(
+    of_scene("scene without coordinates", ("coordinate system",), crs=None),
+    of_scene("rotated scene", ("rotated", "gdalwarp"), transform=NORTH_UP @ Affine.rotation(20)),
+    of_scene(
         "south-up scene",
-        partial(scene, transform=Affine(0.5, 0, 500_000, 0, 0.5, 4_000_000)),
-        SCENE,
         ("north up", "gdalwarp"),
+        transform=Affine(0.5, 0, 500_000, 0, 0.5, 4_000_000),
     ),
-    Fault(
-        "scene that lacks a band", partial(scene, values=GAPS[:2] + 1), SCENE, ("2 bands", "of 3")
+    of_scene("scene that lacks a band", ("2 bands", "of 3"), values=GAPS[:2] + 1),
+    of_scene(
+        "scene of another type", ("float32", "trained on uint8"), values=GAPS.astype("float32")
     ),
-    Fault(
-        "scene of another type",
-        partial(scene, values=GAPS.astype("float32")),
-        SCENE,
-        ("float32", "trained on uint8"),
-    ),
-    Fault(
-        "scene of complex numbers",
-        partial(scene, values=GAPS.astype("complex64")),
-        SCENE,
-        ("complex64",),
-    ),
-    Fault("scene cut off", partial(scene, size=300, cut=60_000), SCENE, ("scene.tif", "cut off")),
-    Fault(
-        "scene cut off in its header",
-        partial(scene, cut=100),
-        f"{SCENE} --kind scene",
-        ("scene.tif", "damaged"),
-    ),
+    of_scene("scene of complex numbers", ("complex64",), values=GAPS.astype("complex64")),
+    of_scene("scene cut off", ("scene.tif", "cut off"), size=300, cut=60_000),
+    of_scene("scene cut off in its header", ("scene.tif", "damaged"), "--kind scene", cut=100),
     Fault(
         "VRT without its source",
         vrt_without_source,
@@ -193,10 +173,11 @@ ROWS = [
         ("wrote map.tif",),
         code=0,
     ),
-    Fault("stride of nothing", scene, f"{SCENE} --stride 0", ("stride: ",)),
-    Fault("stride above the window", scene, f"{SCENE} --stride 29", ("stride: 29", "28")),
-    Fault("window of nothing", scene, f"{SCENE} --window 0", ("window: ",)),
-    Fault("no data asked for", scene, f"{SCENE} --min_data 0", ("min_data: ",)),
+    of_scene("stride of nothing", ("stride: ",), "--stride 0"),
+    of_scene("stride above the window", ("stride: 29", "28"), "--stride 29"),
+    of_scene("window of nothing", ("window: ",), "--window 0"),
+    of_scene("no data asked for", ("min_data: ",), "--min_data 0"),
+    # Maps
     Fault(
         "map below a file", partial(scene_and, name="taken"), f"{SCENE[:-3]}taken/map", ("taken",)
     ),
@@ -218,7 +199,7 @@ ROWS = [
         SCENE.replace("scene.tif", "several"),
         ("two scenes of one name",),
     ),
-    Fault("an engine that is none", scene, f"{SCENE} --engine dask", ("engine: ", "dask")),
+    of_scene("an engine that is none", ("engine: ", "dask"), "--engine dask"),
     Fault(
         "ray that is not installed loses no block",
         scene_and_blocks,
@@ -226,6 +207,4 @@ ROWS = [
         ("engine: ray is not installed", "requirements-ray.txt"),
         patch=("helpers.deployment.engines.find_spec", lambda name: None),
     ),
-    Fault("chips on ray", chips, f"{CHIPS} --engine ray", ("engine: ray maps scenes",)),
-    Fault("picture called a TIFF", text("scene.tif", "GIF89a"), SCENE, ("scene.tif",)),
 ]

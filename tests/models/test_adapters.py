@@ -20,7 +20,7 @@ from helpers.models.backbones import build_backbone, weights_digest
 from helpers.models.classifier import Classifier, ClassifierConfig, create_classifier
 from helpers.models.export import count_parameters, module_tree
 from helpers.models.files import load_classifier, save_classifier
-from tests.models.common import random_chips, refusal
+from tests.models.common import moved, random_chips, refusal
 from tests.models.parity import TINY, empty_backbone, tiny_classifier
 
 CONFIG = ClassifierConfig("example", "pretrained", 28, (0, 1, 2), ("a", "b"), "cls+mean")
@@ -31,25 +31,13 @@ def fresh():
     return create_classifier(CONFIG)
 
 
-def adapted(seed=0, **settings):
-    """An adapter whose every trainable value has moved away from its start, in eval mode."""
-    model = adapters.add_adapter(fresh(), AdapterSettings(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data += 0.05 * noise
-    return model.eval()
-
-
-def chips(n=4):
-    shape = (n, 3, 28, 28)
-    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1)).byte()
+def adapted(**settings):
+    return moved(adapters.add_adapter(fresh(), AdapterSettings(**settings)), 0.05)
 
 
 @torch.inference_mode()
 def logits(model):
-    return model.eval()(chips())
+    return model.eval()(random_chips(4, size=28))
 
 
 def saved(model, folder, provenance=None, config=CONFIG):

@@ -221,58 +221,36 @@ def test_with_head_shares_the_backbone_and_copies_the_head():
     assert classifier.linear_head.in_features == 64
 
 
-WRONG_CONFIGS = {
-    "image_size: 100 is not a multiple of example's patch size 14; the next sizes are 98 and 112": {
-        "image_size": 100
-    },
-    "image_size: 5 is not a multiple of example's patch size 14; the next sizes are 14 and 28": {
-        "image_size": 5
-    },
-    "image_size: 0 is not a multiple of example's patch size 14; the next sizes are 14 and 28": {
-        "image_size": 0
-    },
-    "image_size: 98 is not a multiple of dinov3_vits16's patch size 16; the next sizes are 96": {
-        "backbone": "dinov3_vits16"
-    },
-    "image_size: 14000000 is larger than 4096": {"image_size": 14_000_000},
-    "backbone: 'timm:vit_base_patch16_siglip_224' has no CLS token": {
-        "backbone": "timm:vit_base_patch16_siglip_224"
-    },
-    "backbone: 'timm:resnet18' is no plain ViT of timm, but its ResNet": {
-        "backbone": "timm:resnet18"
-    },
-    "backbone: 'timm:eva02_tiny_patch14_224' has no norm on its tokens, only one after pooling": {
-        "backbone": "timm:eva02_tiny_patch14_224"
-    },
-    "backbone: 'timm:vit_base_r50_s16_224' does not cut chips into square patches": {
-        "backbone": "timm:vit_base_r50_s16_224"
-    },
-    "backbone: 'timm:vit_huge' is unknown to timm": {"backbone": "timm:vit_huge"},
-    "backbone: 'timm:vit_small_patch16_224.x' cannot be built: Invalid pretrained tag": {
-        "backbone": "timm:vit_small_patch16_224.x"
-    },
-    "bands: zero or more for each are needed, got [0, -1, 2]": {"bands": (0, -1, 2)},
-    "seed: -1 is not between": {"seed": -1},
-    "mean and std: finite numbers are needed, std above zero, got [1.0, 2.0, nan]": {
-        "mean": (1.0, 2.0, float("nan"))
-    },
-    "mean and std: finite numbers are needed, std above zero, got": {"std": (1.0, 0.0, 1.0)},
-    "backbone: 'dinov2_vitx14' is unknown; choose one of example, dinov2_vits14,": {
-        "backbone": "dinov2_vitx14"
-    },
-    "head_input: 'mean' is unknown; choose one of cls, cls+mean, 4xcls+mean": {
-        "head_input": "mean"
-    },
-    "classes: at least two are needed, all different, got ['tree']": {"classes": ("tree",)},
-    "classes: at least two are needed, all different, got ['a', 'a']": {"classes": ("a", "a")},
-    "mean (3) and std (3) need one value for each of the 4 bands": {"bands": (0, 1, 2, 3)},
-    "mean (3) and std (1) need one value for each of the 3 bands": {"std": (1.0,)},
-}
+WRONG_CONFIGS = [
+    ({"image_size": 100}, "image_size: 100 is not a multiple of example's patch size 14; the next"),
+    ({"image_size": 5}, "patch size 14; the next sizes are 14 and 28"),
+    ({"image_size": 0}, "patch size 14; the next sizes are 14 and 28"),
+    ({"backbone": "dinov3_vits16"}, "dinov3_vits16's patch size 16; the next sizes are 96 and 112"),
+    ({"image_size": 14_000_000}, "image_size: 14000000 is larger than 4096"),
+    ({"backbone": "dinov2_vitx14"}, "backbone: 'dinov2_vitx14' is unknown; choose one of example,"),
+    ({"backbone": "timm:vit_base_patch16_siglip_224"}, "siglip_224' has no CLS token"),
+    ({"backbone": "timm:resnet18"}, "'timm:resnet18' is no plain ViT of timm, but its ResNet"),
+    ({"backbone": "timm:eva02_tiny_patch14_224"}, "has no norm on its tokens, only one after"),
+    ({"backbone": "timm:vit_base_r50_s16_224"}, "does not cut chips into square patches"),
+    ({"backbone": "timm:vit_huge"}, "backbone: 'timm:vit_huge' is unknown to timm"),
+    ({"backbone": "timm:vit_small_patch16_224.x"}, "cannot be built: Invalid pretrained tag"),
+    ({"bands": (0, -1, 2)}, "bands: zero or more for each are needed, got [0, -1, 2]"),
+    ({"bands": (), "mean": (), "std": ()}, "bands: zero or more for each are needed, got []"),
+    ({"seed": -1}, "seed: -1 is not between"),
+    ({"mean": (1.0, 2.0, float("nan"))}, "finite numbers are needed, std above zero, got [1.0, 2"),
+    ({"std": (1.0, float("inf"), 1.0)}, "finite numbers are needed, std above zero, got"),
+    ({"std": (1.0, 0.0, 1.0)}, "mean and std: finite numbers are needed, std above zero, got"),
+    ({"head_input": "mean"}, "head_input: 'mean' is unknown; choose one of cls, cls+mean, 4xcls"),
+    ({"classes": ("tree",)}, "classes: at least two are needed, all different, got ['tree']"),
+    ({"classes": ("a", "a")}, "classes: at least two are needed, all different, got ['a', 'a']"),
+    ({"bands": (0, 1, 2, 3)}, "mean (3) and std (3) need one value for each of the 4 bands"),
+    ({"std": (1.0,)}, "mean (3) and std (1) need one value for each of the 3 bands"),
+]
 
 
-@pytest.mark.parametrize("expected", WRONG_CONFIGS)
-def test_a_configuration_that_cannot_be_built(expected):
-    assert refusal(example_config, **WRONG_CONFIGS[expected]).startswith(expected)
+@pytest.mark.parametrize(("changes", "expected"), WRONG_CONFIGS)
+def test_a_configuration_that_cannot_be_built(changes, expected):
+    assert expected in refusal(example_config, **changes)
 
 
 def test_backbones_are_checked_as_configurations_are():

@@ -11,7 +11,7 @@ from helpers.models.adapters import AdapterSettings
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import ClassifierConfig, create_classifier
 from helpers.models.files import load_classifier, save_classifier
-from tests.models.common import random_chips
+from tests.models.common import moved, random_chips
 
 BANDS = (0, 0, 0, 1, 2)  # a band may be taken more than once
 UNITS = {"mean": (100.0,) * 5, "std": (50.0,) * 5}
@@ -30,15 +30,8 @@ def logits(model):
 
 
 def test_only_the_stem_is_new_and_it_comes_from_the_seed():
-    repeated, new, same, other = (
-        state_of(**changes)
-        for changes in (
-            {},
-            {"new_stem": True},
-            {"new_stem": True},
-            {"new_stem": True, "seed": 1},
-        )
-    )
+    repeated, other = state_of(), state_of(new_stem=True, seed=1)
+    new, same = (state_of(new_stem=True) for _ in range(2))
     changed = {key for key in new if not torch.equal(new[key], repeated[key])}
     assert changed == {STEM, "patch_embed.proj.bias"}
     assert torch.equal(new[STEM], same[STEM]) and not torch.equal(new[STEM], other[STEM])
@@ -55,11 +48,7 @@ def test_a_trained_stem_is_saved_loaded_transferred_and_merged(method, new_stem,
     parts = adapters.adapter_parameters(model)
     assert parts["stem"] == 192 * 5 * 14 * 14 + 192
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    expected = logits(model)
+    expected = logits(moved(model, 0.02))
     folder = adapters.save_adapter(model, tmp_path / "adapter", digest)
     torch.manual_seed(123)
     assert torch.equal(logits(adapters.load_adapter(folder)[0]), expected)

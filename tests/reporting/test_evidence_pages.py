@@ -172,7 +172,7 @@ def test_bands_have_a_table_of_their_own():
 
 def test_without_evidence_the_page_says_so():
     (parts,) = evidence_pages.pages({}).values()
-    assert set(parts.values()) == {evidence.NOTHING_YET}
+    assert set(parts.values()) == {evidence_pages.NOTHING_YET}
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,9 @@ def test_without_evidence_the_page_says_so():
     ],
 )
 def test_a_verdict_needs_an_interval_over_places(gain, unit, places, word):
-    one = row("lora", *gain, unit=unit, better=5 * (gain[1] > 0))
-    assert evidence.verdict(one, places) == word
+    one = made(gain=gain, unit=unit)
+    one.record["places"]["test"] = places
+    assert evidence.verdict(evidence.auroc_gain(one, "lora"), one) == word
 
 
 def test_it_is_said_where_validation_ranks_otherwise():
@@ -202,7 +203,9 @@ def test_figures_are_drawn_and_their_lines_differ_in_grey(tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "gain_by_chips.png", "methods.png", "places_farms.png", "places_towns.png",
     ]  # fmt: skip
-    figure = evidence_pages.evidence_plots.gain_by_chips(evidence.shares_of(found), "tiny")
+    figure = evidence_pages.evidence_plots.gain_by_chips(
+        evidence.over_tasks(found, "shares"), "tiny"
+    )
     lines = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 2
     assert [line.get_markerfacecolor() == "white" for line in lines] == [True, False]

@@ -82,7 +82,6 @@ def test_features_are_those_of_one_chip_at_a_time(data, classifier, batch_size):
     torch.testing.assert_close(found.values[0], expected, **CLOSE)
     assert expected.std(dim=0).min() > 1e-3  # chips differ, so their order is checked too
     assert found.targets.tolist() == [0] * 6 + [1] * 6
-    assert not found.from_cache and found.seconds > 0
 
 
 @torch.inference_mode()
@@ -305,12 +304,6 @@ def test_colour_statistics_of_a_split(data):
     statistics = colour_statistics(data.dataset("train", 28))
     assert statistics.shape == (12, 15)
     assert (statistics[6:, :3] > statistics[:6, :3].max()).all()  # class 1 is made brighter
-
-
-def test_colour_statistics_do_not_see_shapes(data):
-    dataset = data.dataset("valid", 28)
-    turned = Chips([dihedral(chip, 6) for chip, _ in dataset])
-    np.testing.assert_allclose(colour_statistics(turned), colour_statistics(dataset))
 
 
 def test_logistic_probe_learns_what_is_there_and_nothing_else():

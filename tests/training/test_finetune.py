@@ -11,27 +11,17 @@ import torch
 from helpers.metrics import METRICS
 from helpers.models.files import load_classifier
 from helpers.training import jobs, methods, runs
-from helpers.training.config import RunConfig
 from helpers.training.progress import HISTORY_COLUMNS
 from tests.fake_data import class_folders, manifest_folder
+from tests.training import short_run
 
 
 def config_for(folder, **parameters):
-    """A small run on chips of 28 px with random weights, everything below one folder."""
-    defaults = {
-        "data_path": str(folder / "data"),
-        "weights": "random",
-        "image_size": 28,
-        "epochs": 15,
-        "device": "cpu",
-        "learning_rates": (1e-3, 1e-2),
-        "weight_decays": (0.0,),
-        "output_path": str(folder / "models"),
-        "history_path": str(folder / "history"),
-        "cache_path": str(folder / "cache"),
-        "run_name": "trial",
-    }
-    return RunConfig.checked(**defaults | parameters)
+    """A head-only run on chips of 28 px, everything below one folder."""
+    defaults = {"method": "head_only", "backbone": "example", "image_size": 28, "epochs": 15,
+                "patience": None, "batch_size": None, "learning_rates": (1e-3, 1e-2),
+                "weight_decays": 0.0}  # fmt: skip
+    return short_run.config_for(folder / "data", folder, **defaults | parameters)
 
 
 def train(config, report=lambda line: None):

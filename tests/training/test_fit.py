@@ -52,7 +52,6 @@ def test_history_has_one_row_per_epoch_and_learns():
     assert history.epoch.tolist() == list(range(1, 13))
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
     assert history.valid_auroc.max() > 0.9
-    assert (history.images_per_second > 0).all() and (history.peak_memory_bytes > 0).all()
 
 
 def test_losses_are_means_over_images_also_with_a_short_last_batch():
@@ -164,8 +163,8 @@ def test_a_sweep_gives_each_head_what_it_gets_alone():
                     "weight_decay": row.weight_decay,
                 }
             ],
-            FeatureExamples(train.values, train.targets),
-            FeatureExamples(valid.values, valid.targets),
+            train,
+            valid,
             FitSettings(config.epochs, config.patience, config.batch_size, seed=config.seed),
             accelerator=fresh_accelerator("cpu"),
             report=lambda line: None,

@@ -91,9 +91,9 @@ def label_points(axis: Axes, x, y, texts: Iterable[str], radii) -> None:
 
     From a name that is not beside its point a thin line leads there.
 
-    The axis is laid out, with its final limits: places are compared in pixels. A point has one text,
-    empty for no name; the first get the best places. Radii of markers, one or one each, are in
-    points (1/72 inch).
+    The axis is laid out, with its final limits: places are compared in pixels. A point has one
+    text, empty for no name; the first get the best places. Radii of markers, one or one each, are
+    in points (1/72 inch).
     """
     renderer = axis.figure.canvas.get_renderer()
     places, radii = np.column_stack([x, y]), np.broadcast_to(radii, len(x))

@@ -18,8 +18,8 @@ from pydantic import Field, PositiveInt
 from uvicorn.supervisors import Multiprocess
 
 from helpers import InputError
+from helpers.cluster import cluster, workers_of
 from helpers.deployment.batching import Batches
-from helpers.deployment.engines import cluster, workers_of
 from helpers.deployment.scoring import answer_rule, open_model
 from helpers.deployment.service import METRICS_FOLDER, ServeConfig, create_app, read_token
 
@@ -88,15 +88,15 @@ def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
         OSError: no cluster, or replicas that do not start on it.
     """
     os.environ |= _RAY_SERVE  # read when Ray is imported, and by what it starts
-    import ray
-    from ray import serve
-
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     changes = {"model_path": str(Path(config.model_path).resolve()), "threads": config.threads_each}
     config = config.model_copy(update=changes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt), cluster(ray, config.ray_address):
-        threads, gpus, room = workers_of(ray, config)
+    with suppress(KeyboardInterrupt), cluster(config.ray_address) as ray:
+        from ray import serve
+
+        threads = config.threads
+        gpus, room = workers_of(ray, threads, config.device)
         if room < config.replicas:
             raise InputError(
                 f"replicas: the cluster has room for {room} with {threads} threads each; give "
@@ -113,7 +113,7 @@ def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
             serve.run(classifier.bind(), name="classifier")
             print(f"{config.replicas} replicas are ready", flush=True)
             threading.Event().wait()
-        except (ray.exceptions.RayError, RuntimeError) as error:
+        except RuntimeError as error:  # replicas that do not start
             raise ConnectionError(f"ray: {error}") from error
         finally:
             serve.shutdown()

@@ -224,7 +224,7 @@ ROWS = [
         scene_and_blocks,
         f"{SCENE} --engine ray",
         ("engine: ray is not installed", "requirements-ray.txt"),
-        patch=("helpers.deployment.engines.find_spec", lambda name: None),
+        patch=("helpers.cluster.find_spec", lambda name: None),
     ),
     Fault("chips on ray", chips, f"{CHIPS} --engine ray", ("engine: ray maps scenes",)),
     Fault("picture called a TIFF", text("scene.tif", "GIF89a"), SCENE, ("scene.tif",)),

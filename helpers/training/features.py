@@ -23,7 +23,7 @@ from helpers.data.dataset import ChipData, ChipDataset
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole, written_whole_folder
-from helpers.training.cache import entry_folder, read_seconds, write_record
+from helpers.training.cache import entry_folder, held, read_seconds, write_record
 from helpers.training.examples import batches, dihedral
 from helpers.training.processes import fast_products, several
 
@@ -150,25 +150,26 @@ def cached_features(
     entry = entry_folder(cache_path, "features", key)
     shape = (key["views"], len(dataset), 5 * classifier.backbone.embed_dim)
     mapped = 4 * np.prod(shape) > memory_limit_bytes
-    found = _read_entry(entry, shape, dataset.targets, mapped)
-    processes = several()
-    if processes and not all(gather_object([found is not None])):
-        _share_out(classifier, dataset, entry, shape, processes, **options)
+    with held(entry):
         found = _read_entry(entry, shape, dataset.targets, mapped)
-        return replace(found, from_cache=False)
-    if found is not None:
-        return found
-    if entry.is_file():
-        entry.unlink()
-    with written_whole_folder(entry) as part:
-        file = part / "values.npy"
-        features = extract_features(classifier, dataset, file=file, **options)
-        write_record(file, features.seconds)
-        # What is computed goes the way of what is read, so that both give the same bits.
-        values = None if mapped else features.values.clone()
-    if values is None:
-        values = torch.from_numpy(np.load(entry / "values.npy", mmap_mode="c"))
-    return Features(values, features.targets, features.seconds, False)
+        processes = several()
+        if processes and not all(gather_object([found is not None])):
+            _share_out(classifier, dataset, entry, shape, processes, **options)
+            found = _read_entry(entry, shape, dataset.targets, mapped)
+            return replace(found, from_cache=False)
+        if found is not None:
+            return found
+        if entry.is_file():
+            entry.unlink()
+        with written_whole_folder(entry) as part:
+            file = part / "values.npy"
+            features = extract_features(classifier, dataset, file=file, **options)
+            write_record(file, features.seconds)
+            # What is computed goes the way of what is read, so that both give the same bits.
+            values = None if mapped else features.values.clone()
+        if values is None:
+            values = torch.from_numpy(np.load(entry / "values.npy", mmap_mode="c"))
+        return Features(values, features.targets, features.seconds, False)
 
 
 def _share_out(

@@ -34,6 +34,7 @@ def config(tmp_path_factory):
         fractions=(0.5,),
         ranks=(1,),
         epochs=1,
+        precision="fp32",
         device="cpu",
         **{f"{kind}_path": str(folder / kind) for kind in ("output", "history", "cache")},
     )

@@ -99,16 +99,25 @@ def wait_until(what, seconds=300):
         time.sleep(0.05)
 
 
+def new_replica(process):
+    """Number of the next process that says it is ready."""
+    return int(process.stdout.readline().removeprefix("a replica is ready, process "))
+
+
+def ends_with_one_error(process):
+    """A replica has nothing to load, says the service, and does not claim that all is well."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "all requests are answered" not in out
+    assert err.startswith("error: a replica could not start") and err.count("\n") == 1
+    return "model.safetensors" in err
+
+
 def test_a_killed_replica_loses_what_it_had_in_flight_and_comes_back(tmp_path):
     with service(tmp_path, "--replicas", "2") as (process, address):
-
-        def ready():
-            return int(process.stdout.readline().removeprefix("a replica is ready, process "))
-
-        replicas = {ready(), ready()}
+        replicas = {new_replica(process), new_replica(process)}
         with asked_all_the_time(address, chip_file(tmp_path)) as (statuses, lost):
             os.kill(min(replicas), signal.SIGKILL)
-            replicas.add(ready())
+            replicas.add(new_replica(process))
         assert len(replicas) == 3 and len(lost) <= CLIENTS
         assert set(statuses) == {200}
         counts = httpx.get(f"{address}/metrics", headers=TOKEN).text
@@ -117,36 +126,58 @@ def test_a_killed_replica_loses_what_it_had_in_flight_and_comes_back(tmp_path):
         assert ends_without_loss(process)
 
 
-def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_path):
+def test_a_replica_without_its_model_ends_the_service(tmp_path):
+    with service(tmp_path, "--replicas", "2") as (process, _):
+        replicas = {new_replica(process), new_replica(process)}
+        (tmp_path / "model.safetensors").unlink()
+        os.kill(min(replicas), signal.SIGKILL)
+        assert ends_with_one_error(process)
+
+
+@contextmanager
+def service_on_ray(folder, *options):
+    """`service` of two replicas on Ray that are ready; skips where Ray cannot be started."""
     pytest.importorskip("ray.serve", reason="requirements-ray.txt is not installed")
-
-    def replicas(process):
-        """Numbers of the processes that Ray calls its replicas and that answer its proxy."""
-        found = set()
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if "ray::ServeReplica" in " ".join(child.cmdline()):
-                    sockets = child.net_connections("tcp4")
-                    if any(s.status == "LISTEN" and s.laddr.ip == "127.0.0.1" for s in sockets):
-                        found.add(child.pid)
-        return found
-
-    options = ("--engine", "ray", "--replicas", "2", "--threads", "1")
-    with service(tmp_path, *options) as (process, address):
+    options = ("--engine", "ray", "--replicas", "2", "--threads", "1", *options)
+    with service(folder, *options) as (process, address):
         if not process.stdout.readline():
             error = process.stderr.read()
             assert "ray: cannot be started here" in error  # ray-project/ray issue 65983
             pytest.skip(f"Ray gives its helpers 15 s, and this machine is too busy: {error}")
-        before = replicas(process)
+        yield process, address
+
+
+def replicas_on_ray(process):
+    """Numbers of the processes that Ray calls its replicas and that answer its proxy."""
+    found = set()
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "ray::ServeReplica" in " ".join(child.cmdline()):
+                sockets = child.net_connections("tcp4")
+                if any(s.status == "LISTEN" and s.laddr.ip == "127.0.0.1" for s in sockets):
+                    found.add(child.pid)
+    return found
+
+
+def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_path):
+    with service_on_ray(tmp_path) as (process, address):
+        before = replicas_on_ray(process)
         assert len(before) == 2
         with asked_all_the_time(address, chip_file(tmp_path)) as (statuses, lost):
             os.kill(min(before), signal.SIGKILL)
-            wait_until(lambda: len(replicas(process) - before) == 1)
+            wait_until(lambda: len(replicas_on_ray(process) - before) == 1)
             answered = len(statuses)
             wait_until(lambda: len(statuses) > answered + 8)
         unanswered = [status for status in statuses if status != 200]
         assert len(lost) + len(unanswered) <= CLIENTS
         assert ends_without_loss(process)
+
+
+def test_a_replica_on_ray_without_its_model_ends_the_service(tmp_path):
+    with service_on_ray(tmp_path) as (process, _):
+        (tmp_path / "model.safetensors").unlink()
+        os.kill(min(replicas_on_ray(process)), signal.SIGKILL)
+        assert ends_with_one_error(process)
 
 
 def test_answers_are_sent_at_once():

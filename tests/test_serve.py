@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import httpx
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 
 from helpers import serve
 from helpers.deployment.batching import Batches
+from helpers.deployment.servers import ServerConfig
 from helpers.records import ROOT
 from tests.fake_data import make_chip, write_chip
 from tests.faults.rows_predict import model
@@ -178,6 +180,35 @@ def test_a_replica_on_ray_without_its_model_ends_the_service(tmp_path):
         (tmp_path / "model.safetensors").unlink()
         os.kill(min(replicas_on_ray(process)), signal.SIGKILL)
         assert ends_with_one_error(process)
+
+
+@pytest.mark.parametrize(
+    "parameters, expected",
+    [
+        ({"replicas": 3}, {"num_replicas": 3}),
+        (
+            {"replicas": 2, "max_replicas": 5, "batch_size": 8},
+            {
+                "autoscaling_config": {
+                    "min_replicas": 2,
+                    "max_replicas": 5,
+                    "target_ongoing_requests": 8,
+                }
+            },
+        ),
+    ],
+)
+def test_how_many_replicas_ray_is_asked_for(parameters, expected):
+    config = ServerConfig.checked(model_path="model", engine="ray", **parameters)
+    assert config.ray_replicas == expected
+
+
+def test_replicas_share_the_cores_also_when_there_are_most(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    config = partial(ServerConfig.checked, model_path="model", engine="ray", replicas=2)
+    assert config().threads_each == 8
+    assert config(max_replicas=4).threads_each == 4
+    assert config(max_replicas=4, threads=2).threads_each == 2
 
 
 def test_answers_are_sent_at_once():

@@ -16,7 +16,7 @@ from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
@@ -48,11 +48,36 @@ class ServerConfig(ServeConfig):
         "local", description="of replicas: processes of this machine, or Ray Serve"
     )
     ray_address: str | None = Field(None, description="of a Ray cluster; None: started here")
+    max_replicas: PositiveInt | None = Field(
+        None, description="on Ray: as many while requests wait, `replicas` else; None: no more"
+    )
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _scales(cls, most: int | None, info: ValidationInfo) -> int | None:
+        if most is None:
+            return None
+        if info.data.get("engine") == "local":
+            raise ValueError("replicas of one machine are not scaled; leave it out, or take ray")
+        if most < info.data.get("replicas", 1):
+            raise ValueError("is below replicas, the least; give as many or more")
+        return most
 
     @property
-    def threads_each(self) -> int | None:
+    def threads_each(self) -> int:
         """Threads of one prediction: as asked for, or a replica's share of the cores."""
-        return self.threads or max(1, os.cpu_count() // self.replicas)
+        return self.threads or max(1, os.cpu_count() // (self.max_replicas or self.replicas))
+
+    @property
+    def ray_replicas(self) -> dict:
+        """How many replicas Ray Serve is asked for, as options of a deployment.
+
+        One more is wanted when each has more requests than are predicted at once.
+        """
+        if self.max_replicas is None:
+            return {"num_replicas": self.replicas}
+        bounds = {"min_replicas": self.replicas, "max_replicas": self.max_replicas}
+        return {"autoscaling_config": bounds | {"target_ongoing_requests": self.batch_size}}
 
 
 def application(config: ServerConfig) -> FastAPI:
@@ -119,7 +144,7 @@ def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
         failures = Queue(actor_options=options)
         classifier = serve.deployment(
-            num_replicas=config.replicas,
+            **config.ray_replicas,
             max_ongoing_requests=2 * config.queue,  # past its queue the application refuses
             ray_actor_options={"num_cpus": threads, "num_gpus": gpus},
             graceful_shutdown_timeout_s=_GRACE,

@@ -10,6 +10,7 @@ from helpers.console import run_command
 from helpers.deployment.mapping import map_scene
 from helpers.deployment.scoring import (
     PredictConfig,
+    Scorer,
     answer_rule,
     find_inputs,
     open_model,
@@ -19,15 +20,16 @@ from helpers.deployment.scoring import (
 from helpers.reporting.maps import draw_map
 
 
-def predict(config: PredictConfig) -> list[Path]:
+def predict(config: PredictConfig, scorer: Scorer | None = None) -> list[Path]:
     """Answer what `config.input` names and write it to `config.output`; return the files.
 
     The scenes of a folder or a glob become one map each in a folder called `config.output`.
+    `scorer`, where there is one, is `config.model_path` as `open_model` gave it.
 
     Raises:
         InputError: as `open_model`, `answer_rule`, `find_inputs`, `score_chips` and `map_scene`.
     """
-    scorer = open_model(config.model_path, config.threads, config.device)
+    scorer = scorer or open_model(config.model_path, config.threads, config.device)
     rule = answer_rule(scorer, config)
     inputs = find_inputs(scorer, config)
     if inputs.kind == "chips":

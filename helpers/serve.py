@@ -3,8 +3,8 @@
 import socket
 
 from helpers import InputError
+from helpers.cluster import require_ray
 from helpers.console import run_command
-from helpers.deployment.engines import require_ray
 from helpers.deployment.servers import (
     ServerConfig,
     application,

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import httpx
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 
 from helpers import serve
 from helpers.deployment.batching import Batches
+from helpers.deployment.servers import ServerConfig
 from helpers.records import ROOT
 from tests.fake_data import make_chip, write_chip
 from tests.faults.rows_predict import model
@@ -99,16 +101,25 @@ def wait_until(what, seconds=300):
         time.sleep(0.05)
 
 
+def new_replica(process):
+    """Number of the next process that says it is ready."""
+    return int(process.stdout.readline().removeprefix("a replica is ready, process "))
+
+
+def ends_with_one_error(process):
+    """A replica has nothing to load, says the service, and does not claim that all is well."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "all requests are answered" not in out
+    assert err.startswith("error: a replica could not start") and err.count("\n") == 1
+    return "model.safetensors" in err
+
+
 def test_a_killed_replica_loses_what_it_had_in_flight_and_comes_back(tmp_path):
     with service(tmp_path, "--replicas", "2") as (process, address):
-
-        def ready():
-            return int(process.stdout.readline().removeprefix("a replica is ready, process "))
-
-        replicas = {ready(), ready()}
+        replicas = {new_replica(process), new_replica(process)}
         with asked_all_the_time(address, chip_file(tmp_path)) as (statuses, lost):
             os.kill(min(replicas), signal.SIGKILL)
-            replicas.add(ready())
+            replicas.add(new_replica(process))
         assert len(replicas) == 3 and len(lost) <= CLIENTS
         assert set(statuses) == {200}
         counts = httpx.get(f"{address}/metrics", headers=TOKEN).text
@@ -117,36 +128,87 @@ def test_a_killed_replica_loses_what_it_had_in_flight_and_comes_back(tmp_path):
         assert ends_without_loss(process)
 
 
-def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_path):
+def test_a_replica_without_its_model_ends_the_service(tmp_path):
+    with service(tmp_path, "--replicas", "2") as (process, _):
+        replicas = {new_replica(process), new_replica(process)}
+        (tmp_path / "model.safetensors").unlink()
+        os.kill(min(replicas), signal.SIGKILL)
+        assert ends_with_one_error(process)
+
+
+@contextmanager
+def service_on_ray(folder, *options):
+    """`service` of two replicas on Ray that are ready; skips where Ray cannot be started."""
     pytest.importorskip("ray.serve", reason="requirements-ray.txt is not installed")
-
-    def replicas(process):
-        """Numbers of the processes that Ray calls its replicas and that answer its proxy."""
-        found = set()
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if "ray::ServeReplica" in " ".join(child.cmdline()):
-                    sockets = child.net_connections("tcp4")
-                    if any(s.status == "LISTEN" and s.laddr.ip == "127.0.0.1" for s in sockets):
-                        found.add(child.pid)
-        return found
-
-    options = ("--engine", "ray", "--replicas", "2", "--threads", "1")
-    with service(tmp_path, *options) as (process, address):
+    options = ("--engine", "ray", "--replicas", "2", "--threads", "1", *options)
+    with service(folder, *options) as (process, address):
         if not process.stdout.readline():
             error = process.stderr.read()
             assert "ray: cannot be started here" in error  # ray-project/ray issue 65983
             pytest.skip(f"Ray gives its helpers 15 s, and this machine is too busy: {error}")
-        before = replicas(process)
+        yield process, address
+
+
+def replicas_on_ray(process):
+    """Numbers of the processes that Ray calls its replicas and that answer its proxy."""
+    found = set()
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "ray::ServeReplica" in " ".join(child.cmdline()):
+                sockets = child.net_connections("tcp4")
+                if any(s.status == "LISTEN" and s.laddr.ip == "127.0.0.1" for s in sockets):
+                    found.add(child.pid)
+    return found
+
+
+def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_path):
+    with service_on_ray(tmp_path) as (process, address):
+        before = replicas_on_ray(process)
         assert len(before) == 2
         with asked_all_the_time(address, chip_file(tmp_path)) as (statuses, lost):
             os.kill(min(before), signal.SIGKILL)
-            wait_until(lambda: len(replicas(process) - before) == 1)
+            wait_until(lambda: len(replicas_on_ray(process) - before) == 1)
             answered = len(statuses)
             wait_until(lambda: len(statuses) > answered + 8)
         unanswered = [status for status in statuses if status != 200]
         assert len(lost) + len(unanswered) <= CLIENTS
         assert ends_without_loss(process)
+
+
+def test_a_replica_on_ray_without_its_model_ends_the_service(tmp_path):
+    with service_on_ray(tmp_path) as (process, _):
+        (tmp_path / "model.safetensors").unlink()
+        os.kill(min(replicas_on_ray(process)), signal.SIGKILL)
+        assert ends_with_one_error(process)
+
+
+@pytest.mark.parametrize(
+    "parameters, expected",
+    [
+        ({"replicas": 3}, {"num_replicas": 3}),
+        (
+            {"replicas": 2, "max_replicas": 5, "batch_size": 8},
+            {
+                "autoscaling_config": {
+                    "min_replicas": 2,
+                    "max_replicas": 5,
+                    "target_ongoing_requests": 8,
+                }
+            },
+        ),
+    ],
+)
+def test_how_many_replicas_ray_is_asked_for(parameters, expected):
+    config = ServerConfig.checked(model_path="model", engine="ray", **parameters)
+    assert config.ray_replicas == expected
+
+
+def test_replicas_share_the_cores_also_when_there_are_most(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    config = partial(ServerConfig.checked, model_path="model", engine="ray", replicas=2)
+    assert config().threads_each == 8
+    assert config(max_replicas=4).threads_each == 4
+    assert config(max_replicas=4, threads=2).threads_each == 2
 
 
 def test_answers_are_sent_at_once():

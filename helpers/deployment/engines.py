@@ -4,21 +4,17 @@ Both cut the same windows and predict them in the same batches (`predict_blocks`
 that makes the map writes: what a worker says of a block comes back as a few kilobytes.
 """
 
-import logging
-import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from importlib.util import find_spec
-from itertools import islice
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import rasterio
 
 from helpers import InputError
+from helpers.cluster import as_they_end, cluster, require_ray, workers_of
 from helpers.data.scenes import (
     CACHE_BYTES,
     Block,
@@ -28,11 +24,9 @@ from helpers.data.scenes import (
     open_scene,
     read_windows,
 )
-from helpers.deployment.scoring import ModelConfig, PredictConfig, Scorer, open_model, prefetched
-from helpers.records import ROOT
+from helpers.deployment.scoring import PredictConfig, Scorer, open_model, prefetched
 
 WAITING = 2  # blocks that are handed out for each worker: the next one lies ready
-OBJECT_STORE_BYTES = 100 * 2**20  # of a Ray that is started here: blocks are small
 
 Engine = Callable[
     [Scorer, Scene, Grid, PredictConfig, list[Block]],
@@ -49,14 +43,6 @@ def engine_of(config: PredictConfig) -> Engine:
         return predict_blocks
     require_ray()
     return ray_blocks
-
-
-def require_ray() -> None:
-    """Raise InputError, saying how to install it, if Ray is missing."""
-    if find_spec("ray") is None:
-        raise InputError(
-            "engine: ray is not installed; pip install -r requirements-ray.txt, or take local"
-        )
 
 
 def predict_blocks(
@@ -119,68 +105,18 @@ def ray_blocks(
     """
     if not blocks:
         return
-    import ray
-
     config = config.model_copy(update={"model_path": str(Path(config.model_path).resolve())})
-    with cluster(ray, config.ray_address):
-        threads, gpus, workers = workers_of(ray, config)
+    with cluster(config.ray_address) as ray:
+        threads = config.threads or 1
+        gpus, workers = workers_of(ray, threads, config.device)
         changes = {"threads": threads, "device": "cuda" if gpus else "cpu"}
         scene = replace(scene, path=scene.path.resolve())
         job = ray.put(_Job(scene, grid, config.model_copy(update=changes), scorer.digest))
         # max_calls: Ray would end a process that used a GPU after one block.
         task = ray.remote(num_cpus=threads, num_gpus=gpus, max_calls=0)(_predict_block)
-        waiting, running = iter(blocks), {}
-        try:
-            while True:
-                for block in islice(waiting, WAITING * workers - len(running)):
-                    running[task.remote(job, block)] = block
-                if not running:
-                    return
-                (done,), _ = ray.wait(list(running))
-                block = running.pop(done)
-                yield block, block.cells, ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            expected = isinstance(error.cause, InputError | OSError)
-            raise error.cause if expected else error from None
-        except ray.exceptions.RayError as error:
-            raise ConnectionError(f"ray: {error}") from error
-
-
-def workers_of(ray, config: ModelConfig) -> tuple[int, int, int]:
-    """Threads and GPUs of a worker, and how many workers the cluster has room for."""
-    threads = config.threads or 1
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = 0 if config.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
-    if config.device == "cuda" and not gpus:
-        raise ConnectionError("ray: device cuda was asked for and the cluster has no GPU")
-    workers = gpus or int(sum(node.get("CPU", 0) // threads for node in nodes))
-    if not workers:
-        raise ConnectionError(f"ray: no machine of the cluster has {threads} cores free (threads)")
-    return threads, min(gpus, 1), workers
-
-
-@contextmanager
-def cluster(ray, address: str | None) -> Iterator[None]:
-    """Connect to a Ray cluster, or start one on this machine; leave it afterwards."""
-    if ray.is_initialized():  # in a notebook
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    if address:  # other machines need not have this project; its requirements they must
-        options = {"runtime_env": {"py_modules": [str(ROOT / "helpers")]}}
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        ray.init(address or "local", **options, **quiet)
-    except Exception as error:  # Ray raises whatever fits
-        problem = "cannot be started here"
-        if address:
-            problem = f"cannot be reached at {address}; a cluster may want RAY_AUTH_MODE=token"
-        raise ConnectionError(f"ray: {problem} ({error})") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        start = partial(task.remote, job)
+        for block, values in as_they_end(ray, start, blocks, WAITING * workers):
+            yield block, block.cells, values
 
 
 def _predict_block(job: _Job, block: Block) -> np.ndarray:

@@ -10,13 +10,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from helpers import InputError
+from helpers.cluster import require_ray
 from helpers.data.dataset import ChipData, DataConfig
 from helpers.data.report import data_warnings
 from helpers.evaluation.baselines import baselines
 from helpers.metrics import mcnemar, paired_difference, reliability
 from helpers.models.adapters import METHODS
 from helpers.training.config import ReportConfig, RunConfig, TrainingConfig
-from helpers.training.jobs import check_ready, finished
+from helpers.training.jobs import Job, check_ready, one_by_one, side_by_side
 from helpers.training.loop import STEP_PARTS
 from helpers.training.methods import training_loop
 from helpers.training.processes import processes, said_once
@@ -58,6 +59,10 @@ class CompareConfig(ReportConfig, TrainingConfig):
     full_seeds: int | None = Field(
         None, gt=0, description="how many of the seeds full gets, all by default"
     )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="of runs: one after the other here, or side by side on Ray"
+    )
+    ray_address: str | None = Field(None, description="of a Ray cluster; None: started here")
 
     def run(self, method: str, seed: int, suffix: str = "", **changes) -> RunConfig:
         """Parameters of one run; its name ends in `suffix`.
@@ -105,9 +110,11 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     and seconds.
 
     Raises:
-        InputError: as `jobs.finished`, for any run before the first is trained where it can be
-            seen then; runs finished before stay on disk.
+        InputError, OSError: as `jobs.finished` and `jobs.side_by_side`, for any run before the
+            first is trained where it can be seen then; runs finished before stay on disk.
     """
+    if on_ray := config.engine == "ray":
+        require_ray()
     plan = planned_runs(config)
     everyone = processes(config.torch_device)
     report = said_once(report, everyone)
@@ -120,18 +127,14 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     with everyone.main_process_first():  # it writes what the others read
         baselines(config, data, report)
     measured = {config.run(method, config.seeds[0]).name for method in config.methods}
-    runs = {}
-    for number, run_config in enumerate(plan, start=1):
-        start, name = time.perf_counter(), run_config.name
-        run, was_read = finished(
-            run_config, shares[name], report=lambda line: None, alone=name in measured
-        )
-        runs[name] = run
-        took = "finished before" if was_read else f"{time.perf_counter() - start:.0f} s"
+    jobs = [Job(run, shares[run.name], run.name in measured) for run in plan]
+    runs = dict.fromkeys(run.name for run in plan)  # in this order, whatever the one they end in
+    done = side_by_side(jobs, config.ray_address, report) if on_ray else one_by_one(jobs)
+    for number, (job, run, took) in enumerate(done, start=1):
+        runs[job.config.name] = run
         failure = run.record["failure"] and f"; WARNING: {run.record['failure']}"
-        report(
-            f"[{number}/{len(plan)}] {name}: best epoch {run.record['best_epoch']}, {took}{failure}"
-        )
+        said = f"best epoch {run.record['best_epoch']}, {took}{failure}"
+        report(f"[{number}/{len(plan)}] {job.config.name}: {said}")
     return runs
 
 

@@ -23,7 +23,7 @@ from helpers.data.dataset import ChipData, ChipDataset
 from helpers.models.backbones import weights_digest
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole, written_whole_folder
-from helpers.training.cache import entry_folder, read_seconds, write_record
+from helpers.training.cache import entry_folder, held, read_seconds, write_record
 from helpers.training.examples import FeatureExamples, batches, dihedral
 from helpers.training.processes import fast_products, several
 
@@ -141,21 +141,23 @@ def cached_features(
     entry = entry_folder(cache_path, "features", key)
     shape = (key["views"], len(dataset), 5 * classifier.backbone.embed_dim)
     mapped = 4 * np.prod(shape) > memory_limit_bytes
-    found = _read_entry(entry, shape, dataset.targets, mapped)
-    processes = several()
-    complete = all(gather_object([found is not None])) if processes else found is not None
-    if complete:
-        return found
-    if processes:
-        _share_out(classifier, dataset, entry, shape, processes, **options)
-    else:
-        if entry.is_file():
-            entry.unlink()
-        with written_whole_folder(entry) as part:
-            file = part / "values.npy"
-            write_record(file, extract_features(classifier, dataset, file=file, **options).seconds)
-    # What is computed is read as it would be the next time, so that both give the same bits.
-    return replace(_read_entry(entry, shape, dataset.targets, mapped), from_cache=False)
+    with held(entry):
+        found = _read_entry(entry, shape, dataset.targets, mapped)
+        processes = several()
+        complete = all(gather_object([found is not None])) if processes else found is not None
+        if complete:
+            return found
+        if processes:
+            _share_out(classifier, dataset, entry, shape, processes, **options)
+        else:
+            if entry.is_file():
+                entry.unlink()
+            with written_whole_folder(entry) as part:
+                file = part / "values.npy"
+                seconds = extract_features(classifier, dataset, file=file, **options).seconds
+                write_record(file, seconds)
+        # What is computed is read as it would be the next time, so that both give the same bits.
+        return replace(_read_entry(entry, shape, dataset.targets, mapped), from_cache=False)
 
 
 def _share_out(

@@ -1,11 +1,20 @@
 """The whole job of a run: check first, train, test, save; the same for notebooks and commands."""
 
 import errno
+import os
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from helpers import InputError
+from helpers.cluster import as_they_end, cluster, workers_of
+from helpers.console import progress_bar
 from helpers.data.dataset import ChipData
 from helpers.data.report import data_warnings
 from helpers.training.alone import train_alone
@@ -61,6 +70,72 @@ def finished(
         save_run(config, run)
     everyone.wait_for_everyone()
     return run, False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One of several runs; arguments as those of `finished`."""
+
+    config: RunConfig
+    data: ChipData
+    alone: bool
+
+    def finished(self) -> tuple[Run, str]:
+        """The whole job without a word; the run, and what it took."""
+        start = time.perf_counter()
+        run, was_read = finished(self.config, self.data, lambda line: None, self.alone)
+        return run, "finished before" if was_read else f"{time.perf_counter() - start:.0f} s"
+
+
+def one_by_one(jobs: list[Job]) -> Iterator[tuple[Job, Run, str]]:
+    """Each job, its run, and what it took; they are done here."""
+    for job in jobs:
+        yield job, *job.finished()
+
+
+def side_by_side(
+    jobs: list[Job], ray_address: str | None, report=print
+) -> Iterator[tuple[Job, Run, str]]:
+    """The same, done by the workers of a Ray cluster, in whatever order they end.
+
+    A worker has as many threads as this process, so that the numbers are those of one run after
+    the other, or one GPU. Data and folders lie under the same paths on every machine. A run whose
+    worker dies is done again.
+
+    Args:
+        jobs: of one device.
+        ray_address: of the cluster; None to start one here.
+        report: receives how many workers there are.
+
+    Raises:
+        InputError: as `finished`, or a run that is not to be found here.
+        OSError: no cluster, one that is too small, or one that loses a run again and again.
+    """
+    threads = torch.get_num_threads()
+    with cluster(ray_address) as ray:
+        gpus, workers = workers_of(ray, threads, jobs[0].config.device)
+        of_each = "a GPU" if gpus else f"{threads} threads (OMP_NUM_THREADS)"
+        report(f"{min(workers, len(jobs))} runs side by side, each with {of_each}")
+        task = ray.remote(num_cpus=1 if gpus else threads, num_gpus=gpus)(_in_a_worker)
+        start = partial(task.remote, os.getcwd(), threads, "cuda" if gpus else "cpu")
+        with progress_bar(total=len(jobs), desc="runs side by side", unit="run") as bar:
+            for job, took in as_they_end(ray, start, jobs, workers):
+                run = read_run(job.config)
+                if run is None:
+                    raise InputError(
+                        f"history_path: {job.config.history_path} has no {job.config.name}, which "
+                        "a worker trained; give folders that all machines of the cluster share"
+                    )
+                yield job, run, took
+                bar.update()
+
+
+def _in_a_worker(folder: str, threads: int, device: str, job: Job) -> str:
+    """What a job took, in a worker's process; paths of the job are relative to a folder."""
+    os.chdir(folder)
+    torch.set_num_threads(threads)
+    config = job.config.model_copy(update={"device": device})
+    return replace(job, config=config).finished()[1]
 
 
 def check_ready(config: RunConfig, data: ChipData) -> None:

@@ -27,7 +27,7 @@ from helpers.console import progress_bar
 from helpers.data.dataset import ChipData
 from helpers.models.classifier import Classifier
 from helpers.records import written_whole_folder
-from helpers.training.cache import entry_folder, read_seconds, write_record
+from helpers.training.cache import entry_folder, held, read_seconds, write_record
 from helpers.training.config import RunConfig
 from helpers.training.examples import DIHEDRAL_VIEWS, ChipExamples, FeatureExamples
 from helpers.training.features import evaluated_on
@@ -104,14 +104,15 @@ def cached_tokens(
     examples, seconds, was_read = {}, 0.0, True
     mapped_above = config.memory_limit_gb * 1e9
     for split, entry in entries.items():
-        found = entry.read(mapped_above)
-        if not all(gather_object([found is not None])):
-            was_read = False
-            chips = split_chips(config, data, split)  # which processes make together
-            if accelerator.is_main_process:
-                entry.compute(bare(model), block, chips, accelerator)
-            accelerator.wait_for_everyone()
+        with held(entry.file.parent):
             found = entry.read(mapped_above)
+            if not all(gather_object([found is not None])):
+                was_read = False
+                chips = split_chips(config, data, split)  # which processes make together
+                if accelerator.is_main_process:
+                    entry.compute(bare(model), block, chips, accelerator)
+                accelerator.wait_for_everyone()
+                found = entry.read(mapped_above)
         values, took = found
         examples[split] = FeatureExamples(values, data.dataset(split, config.image_size).targets)
         seconds += took

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from helpers.cluster import workers_of
 from helpers.data import scenes
 from helpers.data.cells import BlockFiles
-from helpers.deployment.engines import workers_of
 from helpers.deployment.mapping import map_scene
 from helpers.deployment.scoring import PredictConfig, answer_rule, open_model
 from helpers.records import ROOT
@@ -91,32 +91,31 @@ def test_blocks_of_one_engine_serve_the_other(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("helpers.deployment.mapping.write_map", killed)
         make_map(tmp_path, "map")
-    monkeypatch.setattr("helpers.deployment.engines.find_spec", lambda name: name)
+    monkeypatch.setattr("helpers.cluster.find_spec", lambda name: name)
     record, found = make_map(tmp_path, "map", engine="ray")
     assert record["predicted_in_this_run"] == 0 and found == expected
 
 
 @pytest.mark.parametrize(
-    "nodes, parameters, expected",
+    "nodes, threads, device, expected",
     [
-        ([{"CPU": 2}], {"threads": None}, (1, 0, 2)),
-        ([{"CPU": 8}, {"CPU": 3}], {"threads": 4}, (4, 0, 2)),
-        ([{"CPU": 8}, {"CPU": 8, "GPU": 2}], {"device": "auto"}, (1, 1, 2)),
-        ([{"CPU": 8, "GPU": 2}], {"device": "cpu", "threads": 8}, (8, 0, 1)),
-        ([{"CPU": 2}], {"threads": 4}, "no machine of the cluster has 4 cores"),
-        ([{"CPU": 2}], {"device": "cuda"}, "the cluster has no GPU"),
+        ([{"CPU": 2}], 1, "cpu", (0, 2)),
+        ([{"CPU": 8}, {"CPU": 3}], 4, "cpu", (0, 2)),
+        ([{"CPU": 8}, {"CPU": 8, "GPU": 2}], 1, "auto", (1, 2)),
+        ([{"CPU": 8, "GPU": 2}], 8, "cpu", (0, 1)),
+        ([{"CPU": 2}], 4, "cpu", "no machine of the cluster has 4 cores"),
+        ([{"CPU": 2}], 1, "cuda", "the cluster has no GPU"),
     ],
 )
-def test_how_manyworkers_of_a_cluster_has_room_for(tmp_path, nodes, parameters, expected):
+def test_how_many_workers_a_cluster_has_room_for(nodes, threads, device, expected):
     listed = [{"Alive": True, "Resources": node} for node in nodes]
     listed.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
     ray = SimpleNamespace(nodes=lambda: listed)
-    config = config_for(tmp_path, **parameters)
     if isinstance(expected, str):
         with pytest.raises(OSError, match=expected):
-            workers_of(ray, config)
+            workers_of(ray, threads, device)
     else:
-        assert workers_of(ray, config) == expected
+        assert workers_of(ray, threads, device) == expected
 
 
 def test_no_module_imports_ray_before_it_is_asked_for():

@@ -228,14 +228,16 @@ def test_kinds_are_told_from_the_files(model, tmp_path):
         kind(tmp_path / "*.jpg")
 
 
-def test_scenes_of_a_folder_become_a_folder_of_maps(model, tmp_path):
+def test_scenes_of_a_folder_become_a_folder_of_maps(model, tmp_path, monkeypatch):
     for name in ("a", "sub/b"):
         write_scene(tmp_path / "scenes" / f"{name}.tif", make_chip(size=3 * SIZE))
     files = predict(config(model, tmp_path / "scenes", tmp_path / "maps"))
     maps = [f.relative_to(tmp_path).as_posix() for f in files if f.suffix == ".tif"]
     assert maps == ["maps/a.tif", "maps/sub/b.tif"]
     times = [file.stat().st_mtime_ns for file in files]
-    assert predict(config(model, tmp_path / "scenes", tmp_path / "maps")) == files
+    scorer = open_model(model)
+    monkeypatch.setattr("helpers.predict.open_model", None)  # what is open is not opened again
+    assert predict(config(model, tmp_path / "scenes", tmp_path / "maps"), scorer) == files
     assert [file.stat().st_mtime_ns for file in files] == times
 
 

@@ -1,6 +1,7 @@
 """A comparison's runs can be read again, and its sentences say what its tables hold."""
 
 import json
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 
 from helpers import InputError
 from helpers.evaluation import comparison
+from helpers.records import ROOT
 from helpers.training import jobs, runs
 from tests.fake_data import manifest_folder
+from tests.training.short_run import NUMBERS
 
 SIZE = 32
 
@@ -31,6 +34,7 @@ def config(tmp_path_factory):
         fractions=(0.5,),
         ranks=(1,),
         epochs=1,
+        precision="fp32",
         device="cpu",
         **{f"{kind}_path": str(folder / kind) for kind in ("output", "history", "cache")},
     )
@@ -41,14 +45,14 @@ def trained(config):
     """All runs in this process, since starting others takes longer than the training."""
     measured = []
 
-    def finished(run_config, data, report, alone):
-        measured.extend([run_config.name] * alone)
-        return jobs.finished(run_config, data, report)
+    def alone(run_config, data, report):
+        measured.append(run_config.name)
+        runs.save_run(run_config, jobs.train(run_config, data, report))
 
-    with mock.patch.object(comparison, "finished", finished):
-        runs = comparison.compare(config, report=lambda line: None)
+    with mock.patch.object(jobs, "train_alone", alone):
+        found = comparison.compare(config, report=lambda line: None)
     assert measured == [config.run(method, 0).name for method in config.methods]
-    return runs
+    return found
 
 
 def without_weights(config, folder):
@@ -56,7 +60,7 @@ def without_weights(config, folder):
 
 
 def test_a_run_that_is_read_is_the_run_that_was(config, trained):
-    own = config.run("lora", 0)
+    own = config.run("lora", 1)  # trained in this process
     kept, read = trained[own.name], runs.read_run(own)
     assert read.record == json.loads(json.dumps(kept.record))
     pd.testing.assert_frame_equal(read.history, kept.history, check_dtype=False, rtol=1e-8)
@@ -71,6 +75,49 @@ def test_a_run_that_is_read_is_the_run_that_was(config, trained):
         expected = kept.classifier.eval()(chips)
         assert torch.equal(read.classifier(chips), expected)
         torch.testing.assert_close(read.adapter(chips), expected, atol=1e-4, rtol=1e-4)
+
+
+def without_times(record):
+    """What two equal runs have in common: without seconds, files that hold them, and who was first
+    to compute what runs share."""
+    tokens = {k: v for k, v in record.get("tokens", {}).items() if k not in ("seconds", "was_read")}
+    left = {k: v for k, v in record.items() if k not in ("features_per_second", "files")}
+    return left | {"tokens": tokens}
+
+
+def test_side_by_side_on_ray_the_runs_are_those_of_one_after_the_other(
+    config, trained, tmp_path, monkeypatch
+):
+    """Their main runs in processes of their own beside the workers, with an empty cache."""
+    ray = pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
+    monkeypatch.setattr(ray, "init", partial(ray.init, num_cpus=2 * torch.get_num_threads()))
+    monkeypatch.chdir(ROOT)  # workers import the project from where this process does
+    places = {f"{kind}_path": str(tmp_path / kind) for kind in ("output", "history", "cache")}
+    lines = []
+    try:
+        there = config.model_copy(update={"engine": "ray", **places})
+        found = comparison.compare(there, report=lines.append)
+    except ConnectionError as error:  # github.com/ray-project/ray/issues/65983
+        if "cannot be started here" not in str(error):
+            raise
+        pytest.skip(f"Ray gives its helpers 15 s, and this machine is too busy: {error}")
+    assert sum(line.startswith("2 runs side by side") for line in lines) == 1
+    assert list(found) == list(trained)
+    for name, run in found.items():
+        expected = trained[name]
+        assert without_times(run.record) == json.loads(json.dumps(without_times(expected.record)))
+        pd.testing.assert_frame_equal(
+            run.history[NUMBERS], expected.history[NUMBERS], check_dtype=False, rtol=1e-8
+        )
+        pd.testing.assert_frame_equal(run.predictions, expected.predictions)
+        states = [r.classifier.state_dict() for r in (run, expected)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_without_ray_nothing_is_trained_on_it(config, monkeypatch):
+    monkeypatch.setattr("helpers.cluster.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^engine: ray is not installed"):
+        comparison.compare(config.model_copy(update={"engine": "ray", "data_path": "nowhere"}))
 
 
 def test_bytes_to_keep_are_those_on_disk(config, trained):

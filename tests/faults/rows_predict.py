@@ -205,6 +205,6 @@ ROWS = [
         scene_and_blocks,
         f"{SCENE} --engine ray",
         ("engine: ray is not installed", "requirements-ray.txt"),
-        patch=("helpers.deployment.engines.find_spec", lambda name: None),
+        patch=("helpers.cluster.find_spec", lambda name: None),
     ),
 ]

@@ -32,6 +32,18 @@ ROWS = [
     ),
     Fault("no replica", model, f"{SERVE} --replicas 0", ("replicas: ", "greater than 0")),
     Fault("replicas without a model", None, f"{SERVE} --replicas 2", ("model.safetensors",)),
+    Fault(
+        "replicas of one machine that shall scale",
+        model,
+        f"{SERVE} --max_replicas 2",
+        ("max_replicas: ", "take ray"),
+    ),
+    Fault(
+        "fewer replicas at most than at least",
+        model,
+        f"{SERVE} --engine ray --replicas 2 --max_replicas 1",
+        ("max_replicas: is below replicas",),
+    ),
     Fault("a queue of none", model, f"{SERVE} --queue 0", ("queue: ", "greater than 0")),
     Fault(
         "an error rate without a validation split",

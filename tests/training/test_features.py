@@ -1,6 +1,9 @@
 """Frozen features: the numbers of a direct forward pass, and a cache that is never stale."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +124,27 @@ def test_a_second_call_reads_what_the_first_computed(data, classifier, forward_p
     assert torch.equal(first.targets, second.targets)
     assert second.targets.dtype == torch.int64
     assert second.seconds == first.seconds
+
+
+def test_of_runs_side_by_side_one_computes_and_the_others_read(
+    data, classifier, monkeypatch, tmp_path
+):
+    computing = threading.Barrier(2)
+
+    def extract(*arguments, **options):
+        with suppress(threading.BrokenBarrierError):  # nobody else computes
+            computing.wait(timeout=1)
+        return extract_features(*arguments, **options)
+
+    def run(_):
+        return cached_features(classifier, data, "train", cache_path=tmp_path)
+
+    monkeypatch.setattr(features, "extract_features", extract)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, range(3)))
+    assert sorted(f.from_cache for f in found) == [False, True, True]
+    assert all(torch.equal(f.values, found[0].values) for f in found)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def relabelled(data):

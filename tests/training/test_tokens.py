@@ -1,6 +1,9 @@
 """Training on kept tokens of the frozen blocks: the same run, and a cache that is never stale."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +17,7 @@ from helpers.models.files import load_classifier
 from helpers.training import jobs, methods, tokens
 from helpers.training.config import RunConfig
 from helpers.training.runs import read_run
+from helpers.training.setup import tracked_accelerator
 from tests.fake_data import manifest_folder
 from tests.models.parity import tiny_architectures
 from tests.training import short_run
@@ -166,6 +170,29 @@ def test_runs_share_tokens_that_are_the_same_and_no_others(
     other = run(config_for(chips_folder, tmp_path, epochs=1, **(SHARED | CHANGED)[change]))
     assert (not frozen_passes) == (change in SHARED)
     assert other.record["tokens"]["was_read"] == (change in SHARED)
+
+
+def test_runs_side_by_side_compute_each_split_once(
+    chips_folder, tmp_path, frozen_passes, monkeypatch
+):
+    config = config_for(chips_folder, tmp_path).resolved()
+    data = config.data()
+    model, _, digest = methods.training_setup(config, data)
+    computing, compute = threading.Barrier(2), tokens._Entry.compute
+
+    def compute_together(*arguments):
+        with suppress(threading.BrokenBarrierError):  # nobody else computes
+            computing.wait(timeout=1)
+        compute(*arguments)
+
+    monkeypatch.setattr(tokens._Entry, "compute", compute_together)
+    with tracked_accelerator(config) as accelerator, ThreadPoolExecutor(2) as pool:
+        arguments = (config, data, model, 3, digest, accelerator)
+        found = [pool.submit(tokens.cached_tokens, *arguments) for _ in range(2)]
+        examples = [run.result()[0] for run in found]
+    assert len(frozen_passes) == 2  # training and validation
+    for split in ("train", "valid"):
+        assert torch.equal(*(example[split].values for example in examples))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated"])

@@ -1,9 +1,10 @@
 """What does the service over HTTP cost, and what is lost when a replica dies?
 
-`python -m benchmarks.http_load [--seconds 10] [--model_path F] [--variant openvino_int8]` measures
-one variant in process and over HTTP under the same LoadGen, in requests of one and of eight chips,
-with the highest rate within the bound for both; then kills one of two replicas under load. It
-prints a table and ends with one line of JSON. Ten minutes of load are `benchmarks.soak --http`.
+`python -m benchmarks.http_load [--seconds 10] [--model_path F] [--variant openvino_int8]
+[--replicas 1]` measures one variant in process and over HTTP under the same LoadGen, in requests of
+one and of eight chips, with the highest rate within the bound for both; then kills one of two
+replicas under load. It prints a table and ends with one line of JSON. Ten minutes of load are
+`benchmarks.soak --http`.
 """
 
 import argparse
@@ -25,15 +26,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="least length of a run")
     parser.add_argument("--model_path", default=BenchmarkConfig().model_path)
     parser.add_argument("--variant", choices=BUILDERS, default="openvino_int8")
+    parser.add_argument("--replicas", type=int, default=1, help="they share the cores")
     arguments = parser.parse_args()
+    of_several = f"_{arguments.replicas}_replicas" * (arguments.replicas > 1)
     bench, variant = opened(
         arguments.model_path,
         arguments.variant,
-        run_name=f"http_{arguments.variant}",
+        run_name=f"http_{arguments.variant}{of_several}",
         load_seconds=arguments.seconds,
     )
     scenarios, _ = measure_scenarios(bench, [variant])
-    table, curve = measure_http(bench, variant, scenarios, searched=SIZES)
+    table, curve = measure_http(bench, variant, scenarios, SIZES, arguments.replicas)
     killed = measure_killed_replica(bench, variant)
     print(f"{bench.label}; {bench.threads} threads; latency of a query in ms, CPU ms of an image")
     print(http_view(table).round(2).to_string(index=False, na_rep=""))

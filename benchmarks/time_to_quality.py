@@ -10,6 +10,7 @@ epoch (`ways`, `hugging_face`).
 - `trainer`: the Trainer with PEFT in fp32; where bf16 is faster here, `trainer_bf16` too.
 - `all_blocks` and `last_<k>`: this project, in what `precision: auto` finds; by default k is that
   of the comparison.
+- with `--ways` only those named beside `plain`.
 - with `--trial NAME=JSON`, such as `rslora={"method":"rslora"}`: this project, other parameters.
 
 Seconds run from before the weights are read to the end of the last epoch's validation, in all ways
@@ -121,6 +122,9 @@ def planned(given: argparse.Namespace) -> dict[str, dict]:
             config = RunConfig.checked(**shared, output_path=folder)
             if config.resolved().precision != "bf16":
                 del changes["trainer_bf16"]
+        if unknown := set(given.ways or ()) - changes.keys():
+            raise InputError(f"ways: {', '.join(unknown)} is none of {', '.join(changes)}")
+        changes = {way: changes[way] for way in ("plain", *(given.ways or list(changes)[1:]))}
         changes |= dict(given.trial)
     return {way: shared | changed for way, changed in changes.items()}
 
@@ -273,6 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4])
     parser.add_argument("--chips", type=int, help="of each split, all by default")
     parser.add_argument("--trial", type=trial, action="append", default=[], metavar="NAME=JSON")
+    parser.add_argument("--ways", nargs="+", help="beside plain, e.g. last_6; all by default")
     parser.add_argument("--sweep", action="store_true", help="five seeds x three ranks")
     parser.add_argument("--speed_only", action="store_true", help="steps of ViT-S and ViT-L")
     parser.add_argument("--dry_run", action="store_true", help="few chips, in this process")

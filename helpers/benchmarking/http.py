@@ -172,7 +172,11 @@ def service(bench: Bench, variant: Variant, *options: str) -> Iterator[Service]:
 
 
 def measure_http(
-    bench: Bench, variant: Variant, scenarios: pd.DataFrame, searched: Sequence[int] = (1,)
+    bench: Bench,
+    variant: Variant,
+    scenarios: pd.DataFrame,
+    searched: Sequence[int] = (1,),
+    replicas: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The service of a variant beside the variant in process, under the same load generator.
 
@@ -181,6 +185,7 @@ def measure_http(
         variant: measured in process before, in the same run.
         scenarios: of `load.measure_scenarios`.
         searched: sizes of request whose highest rate within the bound is searched for (Server).
+        replicas: of the service, which share the benchmark's threads.
 
     Returns:
         One row per way (`in process`, then by `chips_a_request`) and scenario: `images_per_s`,
@@ -193,11 +198,17 @@ def measure_http(
     capacity = offline_rate(scenarios, variant.name)
     rows = [_row(IN_PROCESS, 1, row) for row in alone.to_dict("records")]
     curve = []
-    with service(bench, variant, "--threads", str(bench.threads)) as running:
+    threads = max(1, bench.threads // replicas)
+    options = ("--threads", str(threads), "--replicas", str(replicas))
+    with service(bench, variant, *options) as running:
+        if replicas > 1:
+            for _ in range(replicas):
+                running.replica()
         for chips in SIZES:
             requests = http_requests(bench.test_paths, chips)
             system = http_system(running.address, requests, bench.config.load_settings)
             way = f"HTTP, {chips} chip{'s' * (chips > 1)} a request"
+            way += f", {replicas} replicas" * (replicas > 1)
             found = _http_scenarios(system, running, chips, capacity, chips in searched)
             rows += [_row(way, chips, row) for row in found]
             for load in (f for f in bench.config.load_fractions if f < 1):

@@ -110,6 +110,15 @@ def test_speed_alone_is_measured_on_larger_shapes(capsys, monkeypatch):
         assert "auroc" not in way and "total_s_to_plain" not in way
 
 
+def test_only_the_ways_that_are_named_are_trained(capsys):
+    assert set(run(capsys, "--ways", "last_2")["dinov2_vits14 28 px"]["ways"]) == {
+        "plain",
+        "last_2",
+    }
+    with pytest.raises(InputError, match="ways: last_9 is none of plain, trainer, "):
+        run(capsys, "--ways", "last_9")
+
+
 def test_a_trial_does_not_take_the_name_of_a_way():
     with pytest.raises(InputError, match="trial: plain is a way already"):
         time_to_quality.main(["--dry_run", "--trial", "plain={}"])

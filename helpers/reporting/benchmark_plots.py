@@ -147,7 +147,7 @@ def pareto(summary: pd.DataFrame, gate_points: float, title: str) -> Figure:
         names[axis] = (rows[cost], rows[lost], texts, 5)
         axis.set(xlabel=label, xscale="log")
         plain_log(axis.xaxis)
-        axis.margins(x=0.2, y=0.25)
+        axis.margins(x=0.2, y=0.1)
     least, most = axes[0].get_ylim()
     axes[0].set(ylabel="points of accuracy lost in validation", ylim=(min(most, _FAR), least))
     _family_legend(axes[1], rows.variant)
@@ -286,7 +286,8 @@ def roofline(table: pd.DataFrame, limits: dict, title: str) -> Figure:
         xlabel="operations per byte that must move (FLOP/byte); left end: smallest batch",
         ylabel="achieved (GFLOP/s)",
     )
-    plain_log(axis.yaxis)
+    for scale in (axis.xaxis, axis.yaxis):
+        plain_log(scale)
     _family_legend(axis, table.variant, "lower right")
     titled(figure, title)
     ends = ends.sort_values("flops_per_s", ascending=False)

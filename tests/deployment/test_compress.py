@@ -34,7 +34,6 @@ BUILT = (
     "compiled_fp32",
     "openvino_int8_unsmoothed",
     "openvino_int8_bf16",
-    "openvino_int8_accuracy_aware",
     "structured_60",
     "structured_40_taylor",
     "structured_40_taylor_recovered",
@@ -62,7 +61,6 @@ TOLERANCE = {
     "openvino_int8": 2e-1,
     "openvino_int8_unsmoothed": 2e-1,
     "openvino_int8_bf16": 2e-1,
-    "openvino_int8_accuracy_aware": 2e-1,
     "openvino_int4_weights": 5e-1,
 }
 
@@ -233,25 +231,6 @@ def test_int8_without_smoothing_and_with_bf16_are_forms_of_their_own(built, logi
     if "openvino_int8_bf16" in variants:
         assert variants["openvino_int8_bf16"].files == variants["openvino_int8"].files
         assert not np.array_equal(smooth, logits["openvino_int8_bf16"])
-
-
-def test_accuracy_aware_int8_gives_the_right_answers_that_int8_does_not(tmp_path):
-    classifier, chips = make_classifier(), random_chips(64, size=SIZE)
-    with torch.no_grad():
-        logits = classifier(chips)
-        apart = logits[:, 1] - logits[:, 0]
-        classifier.linear_head.bias[1] -= apart.quantile(0.5)  # so that many are near to call
-        targets = classifier(chips).argmax(dim=1)
-    source = make_source(tmp_path, classifier=classifier)
-    source.valid = (chips, targets)
-    names = ("eager_fp32", "openvino_int8", "openvino_int8_accuracy_aware")
-    variants, predicts, _ = build.build_variants(source, names, 1)
-    _, wrong, wrong_if_aware = (
-        (predict(chips.numpy()).argmax(1) != targets.numpy()).sum() for predict in predicts.values()
-    )
-    assert wrong > 0 == wrong_if_aware
-    eager, int8, aware = (variants[name].bytes_on_disk for name in names)
-    assert int8 < aware < eager
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -153,3 +153,4 @@ def test_every_line_of_the_roofline_is_named():
     axis = benchmark_plots.roofline(pd.DataFrame(rows), limits, "title").axes[0]
     assert sorted(text.get_text() for text in axis.texts) == sorted(names)
     assert not any_overlap(axis)
+    assert "1000" in [label.get_text() for label in axis.get_xticklabels()]

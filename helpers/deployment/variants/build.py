@@ -57,13 +57,8 @@ from helpers.training.precision import fastest
 Builder = Callable[[Source], Variant]
 
 
-# int8 as NNCF advises, without SmoothQuant, with what is not int8 in bf16, and with less in int8.
-_INT8 = {
-    "": {},
-    "_unsmoothed": {"smooth": False},
-    "_bf16": {"hint": "bf16"},
-    "_accuracy_aware": {"accuracy_aware": True},
-}
+# int8 as NNCF advises, without SmoothQuant, and with what is not int8 in bf16.
+_INT8 = {"": {}, "_unsmoothed": {"smooth": False}, "_bf16": {"hint": "bf16"}}
 
 
 def _int8_steps(start: str, build: Callable[..., Variant], *given) -> dict[str, Builder]:

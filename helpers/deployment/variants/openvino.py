@@ -4,8 +4,6 @@ import gzip
 import os
 from pathlib import Path
 
-import numpy as np
-
 from helpers.deployment.runtimes import Variant, openvino_core
 from helpers.deployment.variants.source import Source
 from helpers.deployment.variants.structure import Unavailable
@@ -55,12 +53,7 @@ def _require_bf16() -> None:
 
 
 def build_openvino_int8(
-    name: str,
-    source: Source,
-    *,
-    smooth: bool = True,
-    accuracy_aware: bool = False,
-    hint: str = "f32",
+    name: str, source: Source, *, smooth: bool = True, hint: str = "f32"
 ) -> Variant:
     """int8 by NNCF, calibrated.
 
@@ -68,49 +61,31 @@ def build_openvino_int8(
         name: of the variant; with `_bf16` at its end it has the files of the one without.
         source: what it is made of.
         smooth: whether SmoothQuant moves the outliers of activations into the weights first.
-        accuracy_aware: whether layers go back to fp32, the most harmful first, until no accuracy
-            is lost on the validation chips.
         hint: `f32` or `bf16`, the precision of what is not quantized.
     """
     if hint == "bf16":
         _require_bf16()
     stem = name.removesuffix("_bf16")
-    files = source.once(stem, lambda: _quantized(source, stem, smooth, accuracy_aware))
+    files = source.once(stem, lambda: _quantized(source, stem, smooth))
     made = f"int8, NNCF for transformers, calibrated on {len(source.calibration)} chips"
     made += "" if smooth else ", without SmoothQuant"
-    made += ", fp32 again where validation chips would lose accuracy" if accuracy_aware else ""
     made += ", the rest in bf16" if hint == "bf16" else ""
     return _openvino_variant(source, name, made, files, "int8", hint)
 
 
-def _quantized(source: Source, name: str, smooth: bool, accuracy_aware: bool) -> tuple[str, str]:
+def _quantized(source: Source, name: str, smooth: bool) -> tuple[str, str]:
     nncf = _nncf()
     batches = source.calibration_batches
     alphas = {} if smooth else {"matmul": -1}  # -1: off
     smoothing = nncf.AdvancedSmoothQuantParameters(**alphas)
-    advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing)
-    given = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(batches)}
-    model, calibration = _read(source.onnx), nncf.Dataset(batches)
-    if accuracy_aware:
-        judged = [*zip(*(part.split(8) for part in source.valid), strict=True)]
-        validation = nncf.Dataset(judged, lambda batch: batch[0].numpy())
-        model = nncf.quantize_with_accuracy_control(
-            model, calibration, validation, _accuracy, max_drop=0.0,
-            advanced_quantization_parameters=advanced, **given,
-        )  # fmt: skip
-    else:
-        model = nncf.quantize(model, calibration, advanced_parameters=advanced, **given)
+    model = nncf.quantize(
+        _read(source.onnx),
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(batches),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smoothing),
+    )
     return _written(source, name, model, fp16_file=True)
-
-
-def _accuracy(compiled, batches) -> tuple[float, list[list[np.ndarray]]]:
-    """Share of right answers, and the logits, by which NNCF ranks the layers, batch by batch."""
-    answers, targets = [], []
-    for chips, of_batch in batches:
-        answers.append([compiled(chips.numpy())[0]])
-        targets.append(of_batch.numpy())
-    logits = np.concatenate([logits for (logits,) in answers])
-    return (logits.argmax(1) == np.concatenate(targets)).mean(), answers
 
 
 def build_openvino_int4_weights(source: Source) -> Variant:

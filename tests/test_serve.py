@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from helpers import serve
+from helpers.deployment import servers
 from helpers.deployment.batching import Batches
 from helpers.deployment.servers import ServerConfig
 from helpers.records import ROOT
@@ -114,12 +115,19 @@ def ends_with_one_error(process):
     return "model.safetensors" in err
 
 
-def test_a_killed_replica_loses_what_it_had_in_flight_and_comes_back(tmp_path):
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_a_killed_replica_loses_what_it_had_in_flight_and_comes_back(tmp_path, waited_for):
+    """Also one whose sign is waited for when it dies: the minute of a hung one is not over then."""
     with service(tmp_path, "--replicas", "2") as (process, address):
         replicas = {new_replica(process), new_replica(process)}
         with asked_all_the_time(address, chip_file(tmp_path)) as (statuses, lost):
+            if waited_for:
+                os.kill(min(replicas), signal.SIGSTOP)
+                time.sleep(2)  # the supervisor asks twice a second
+            killed = time.monotonic()
             os.kill(min(replicas), signal.SIGKILL)
             replicas.add(new_replica(process))
+            assert time.monotonic() - killed < servers._HUNG - 2
         assert len(replicas) == 3 and len(lost) <= CLIENTS
         assert set(statuses) == {200}
         counts = httpx.get(f"{address}/metrics", headers=TOKEN).text

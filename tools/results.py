@@ -22,6 +22,7 @@ from helpers.reporting.evidence import headline_row, headline_table
 from helpers.reporting.tables import markdown
 from helpers.training.config import METHOD_DEFAULTS
 from tools import evidence_pages
+from tools.measured import deployment_parts, time_to_quality_tables, training_speed_table
 from tools.published import DEPLOYED, Published, published
 
 # Benchmark variants that the README shows; the others are in the linked table.
@@ -219,43 +220,6 @@ def _quality(row: pd.Series) -> str:
     return f"({lost:+.1f} in validation)" if pd.notna(lost) else ONLY_TIMED
 
 
-def training_speed_table() -> str:
-    """Images per second of the training loops."""
-    table = pd.read_csv(ROOT / "benchmark_results/training_speed.csv")
-    lines = []
-    for (backbone, size), rows in table.groupby(["backbone", "image_size_px"], sort=False):
-        loops = rows.set_index(["loop", "precision", "compiled"])
-        plain, fp32, compiled, bf16 = (
-            loops.loc[key]
-            for key in (
-                ("plain", "fp32", False),
-                ("project", "fp32", False),
-                ("project", "fp32", True),
-                ("project", "bf16", False),
-            )
-        )
-        lines.append(
-            (
-                f"{backbone}, {size} px",
-                f"{plain.images_per_second:.3g}",
-                *(f"{r.images_per_second:.3g} ({r.ratio_to_plain:.2f}x)" for r in (fp32, compiled)),
-                f"{compiled.start_s:.0f}",
-                f"{bf16.images_per_second:.3g} ({bf16.ratio_to_plain:.2f}x)",
-                f"{fp32.share_of_matmul_rate:.0%} of {fp32.matmul_gflop_per_second:.0f} GFLOP/s",
-            )
-        )
-    header = (
-        "backbone",
-        "plain loop",
-        "this project, fp32",
-        "with `torch.compile`",
-        "compiling, s",
-        "bf16",
-        "share of the measured matmul rate (fp32)",
-    )
-    return markdown(header, lines)
-
-
 def questions_table(sets: dict[str, Published]) -> str:
     """The project's questions with short answers for every published data set."""
     harvey, example = sets["hurricane_harvey"], sets["example"]
@@ -283,9 +247,11 @@ def pages(sets: dict[str, Published], found: dict[str, Evidence]) -> dict[str, d
             "questions": questions_table(sets),
             "shapes": shapes_table(harvey),
             "training_speed": training_speed_table(),
+            **time_to_quality_tables(),
             "serving": serving_table(harvey),
             "serving_example": serving_table(example),
         },
+        "docs/deployment.md": deployment_parts(),
         "docs/parameters.md": {"method_defaults": method_defaults_table()},
         str(harvey.folder / "README.md"): {
             "caveats": caveats(harvey),

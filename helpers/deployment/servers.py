@@ -94,6 +94,19 @@ def run_here(app: FastAPI, listening: socket.socket) -> None:
         uvicorn.Server(_settings(app)).run(sockets=[listening])
 
 
+class _Supervisor(Multiprocess):
+    """Of the replicas of one machine."""
+
+    def keep_subprocess_alive(self) -> None:
+        """Replace who died; at once even where its sign is waited for.
+
+        A replica has the other end of the pipe to itself, so that its death ends the waiting.
+        """
+        for process in self.processes:
+            process.child_conn.close()
+        super().keep_subprocess_alive()
+
+
 def run_replicas(config: ServerConfig, listening: socket.socket) -> None:
     """The same from `config.replicas` processes that accept from one socket.
 
@@ -112,7 +125,7 @@ def run_replicas(config: ServerConfig, listening: socket.socket) -> None:
             timeout_worker_healthcheck=_HUNG,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # the reason follows here
-        Multiprocess(settings, [listening]).run()
+        _Supervisor(settings, [listening]).run()
     if not failures.empty():
         raise InputError(f"{_ENDED}: {failures.get()}")
 

@@ -127,18 +127,21 @@ def test_a_variant_gives_the_logits_of_its_kind(source, logits, name):
         assert name.startswith(("pruned", "structured")) and difference > 0
 
 
-def test_any_batch_size_gives_the_same_as_one_chip_at_a_time(source, built, predicts, logits):
+def test_a_chip_gets_the_same_answer_alone_and_beside_any_others(source, built, predicts, logits):
     """Unless the variant says otherwise, and the one that does needs to."""
-    changed = set()
+    chips, changed = source.train[0].numpy(), set()
+    among_others = np.concatenate([chips[:8], np.zeros_like(chips[8:])])
     for name, variant in built[0].items():
         half = variant.options.get("precision_hint") == "bf16"
         if half or variant.precision not in ("fp32", "int8"):
             continue  # sums in half precision are rounded in another order
-        single = np.concatenate(
-            [predicts[name](chip[None].numpy()) for chip in source.train[0][:8]]
-        )
-        if not np.allclose(single, logits[name][:8], atol=1e-4):
+        if not np.allclose(predicts[name](among_others)[:8], logits[name][:8], atol=1e-4):
             changed.add(name)
+            continue
+        alone = np.concatenate([predicts[name](chip[None]) for chip in chips[:8]])
+        # A value on the edge between two steps of int8 may fall either way in another graph.
+        step = 0.05 * np.abs(alone).mean() if variant.precision == "int8" else 1e-4
+        np.testing.assert_allclose(alone, logits[name][:8], atol=step, rtol=0, err_msg=name)
     assert changed == {n for n, v in built[0].items() if v.options.get("depends_on_batch")}
     assert changed == {"onnx_int8_dynamic"}
 

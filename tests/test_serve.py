@@ -171,8 +171,8 @@ def replicas_on_ray(process):
 
 def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_path):
     with service_on_ray(tmp_path) as (process, address):
+        wait_until(lambda: len(replicas_on_ray(process)) == 2)
         before = replicas_on_ray(process)
-        assert len(before) == 2
         with asked_all_the_time(address, chip_file(tmp_path)) as (statuses, lost):
             os.kill(min(before), signal.SIGKILL)
             wait_until(lambda: len(replicas_on_ray(process) - before) == 1)
@@ -185,6 +185,7 @@ def test_a_killed_replica_on_ray_loses_what_it_had_in_flight_and_comes_back(tmp_
 
 def test_a_replica_on_ray_without_its_model_ends_the_service(tmp_path):
     with service_on_ray(tmp_path) as (process, _):
+        wait_until(lambda: len(replicas_on_ray(process)) == 2)
         (tmp_path / "model.safetensors").unlink()
         os.kill(min(replicas_on_ray(process)), signal.SIGKILL)
         assert ends_with_one_error(process)

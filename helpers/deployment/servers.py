@@ -138,7 +138,6 @@ def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
         OSError: no cluster, or replicas that do not start on it.
     """
     os.environ |= _RAY_SERVE  # read when Ray is imported, and by what it starts
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     changes = {"model_path": str(Path(config.model_path).resolve()), "threads": config.threads_each}
     config = config.model_copy(update=changes)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -146,6 +145,7 @@ def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
         from ray import serve
         from ray.util.queue import Queue
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the import has set another
         threads = config.threads
         gpus, room = workers_of(ray, threads, config.device)
         if room < config.replicas:

@@ -80,7 +80,9 @@ def test_a_run_that_is_read_is_the_run_that_was(config, trained):
 def without_times(record):
     """What two equal runs have in common: without seconds, files that hold them, their sizes, and
     who was first to compute what runs share."""
-    tokens = {k: v for k, v in record.get("tokens", {}).items() if k not in ("seconds", "was_read")}
+    tokens = {
+        k: v for k, v in (record.get("tokens") or {}).items() if k not in ("seconds", "was_read")
+    }
     timed = ("features_per_second", "files", "bytes_to_keep")
     left = {k: v for k, v in record.items() if k not in timed}
     return left | {"tokens": tokens}

@@ -122,9 +122,10 @@ def planned(given: argparse.Namespace) -> dict[str, dict]:
             config = RunConfig.checked(**shared, output_path=folder)
             if config.resolved().precision != "bf16":
                 del changes["trainer_bf16"]
-        if unknown := set(given.ways or ()) - changes.keys():
-            raise InputError(f"ways: {', '.join(unknown)} is none of {', '.join(changes)}")
-        changes = {way: changes[way] for way in ("plain", *(given.ways or list(changes)[1:]))}
+        if given.ways:
+            if unknown := set(given.ways) - changes.keys():
+                raise InputError(f"ways: {', '.join(unknown)} is none of {', '.join(changes)}")
+            changes = {way: changes[way] for way in ("plain", *given.ways)}
         changes |= dict(given.trial)
     return {way: shared | changed for way, changed in changes.items()}
 

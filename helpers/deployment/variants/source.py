@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from helpers.deployment.runtimes import Variant
 from helpers.deployment.variants.importance import taylor_terms, weight_norms
-from helpers.deployment.variants.structure import Importance, Unavailable, remove_heads_and_units
+from helpers.deployment.variants.structure import Unavailable, remove_heads_and_units
 from helpers.models.classifier import Classifier
 from helpers.models.export import export_onnx
 from helpers.records import written_whole
@@ -121,15 +121,14 @@ class Source:
 
         def removed() -> Classifier:
             if removal.taylor:
-                importance = self.once("taylor", self._taylor_terms)
+                importance = self.once(
+                    "taylor", lambda: taylor_terms(self.classifier, *self.train, self.device)
+                )
             else:
                 importance = weight_norms(self.classifier)
             return remove_heads_and_units(self.classifier, removal.percent / 100, importance)
 
         return self.once(removal.name, removed)
-
-    def _taylor_terms(self) -> Importance:
-        return taylor_terms(self.classifier, *self.train, self.device)
 
     def torch_variant(
         self, name: str, made: str, model: nn.Module, precision: str = "fp32", **options

@@ -1,10 +1,10 @@
 """What does the service over HTTP cost, and what is lost when a replica dies?
 
 `python -m benchmarks.http_load [--seconds 10] [--model_path F] [--variant openvino_int8]
-[--replicas 1]` measures one variant in process and over HTTP under the same LoadGen, in requests of
-one and of eight chips, with the highest rate within the bound for both; then kills one of two
-replicas under load. It prints a table and ends with one line of JSON. Ten minutes of load are
-`benchmarks.soak --http`.
+[--replicas 1] [--engine local]` measures one variant in process and over HTTP under the same
+LoadGen, in requests of one and of eight chips, with the highest rate within the bound for both;
+then, on the local engine, kills one of two replicas under load. It prints a table and ends with one
+line of JSON. Ten minutes of load are `benchmarks.soak --http`.
 """
 
 import argparse
@@ -21,14 +21,16 @@ from helpers.reporting.service import http_answer, http_view
 
 
 def main() -> None:
-    """Build the variant, measure it both ways, kill a replica, print and write what happened."""
+    """Build the variant, measure it both ways, print and write what happened."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="least length of a run")
     parser.add_argument("--model_path", default=BenchmarkConfig().model_path)
     parser.add_argument("--variant", choices=BUILDERS, default="openvino_int8")
     parser.add_argument("--replicas", type=int, default=1, help="they share the cores")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
     arguments = parser.parse_args()
-    of_several = f"_{arguments.replicas}_replicas" * (arguments.replicas > 1)
+    on_ray = arguments.engine == "ray"
+    of_several = f"_{arguments.replicas}_replicas" * (arguments.replicas > 1) + "_ray" * on_ray
     bench, variant = opened(
         arguments.model_path,
         arguments.variant,
@@ -36,12 +38,14 @@ def main() -> None:
         load_seconds=arguments.seconds,
     )
     scenarios, _ = measure_scenarios(bench, [variant])
-    table, curve = measure_http(bench, variant, scenarios, SIZES, arguments.replicas)
-    killed = measure_killed_replica(bench, variant)
+    served = (arguments.replicas, arguments.engine)
+    table, curve = measure_http(bench, variant, scenarios, SIZES, *served)
+    result = {"table": rows_of(table), "curve": rows_of(curve)}
+    if not on_ray:
+        result["killed_replica"] = measure_killed_replica(bench, variant)
     print(f"{bench.label}; {bench.threads} threads; latency of a query in ms, CPU ms of an image")
     print(http_view(table).round(2).to_string(index=False, na_rep=""))
     print(http_answer(table))
-    result = {"table": rows_of(table), "curve": rows_of(curve), "killed_replica": killed}
     save_record(bench, {"http": result})
     print(json.dumps(result))
 

@@ -285,6 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="one row a run")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="an epoch's seconds")
     given = parser.parse_args(arguments)
+    if given.sweep and given.ways:
+        raise InputError("ways: a sweep has its own two, plain and last_<k>; leave out --ways")
     if given.sweep:
         given.seeds, given.ranks = SWEEP_SEEDS, SWEEP_RANKS
     cases = [given]

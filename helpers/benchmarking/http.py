@@ -159,6 +159,8 @@ def service(bench: Bench, variant: Variant, *options: str) -> Iterator[Service]:
             found = re.search(r"http://(\S+);", process.stdout.readline())
             if not found:
                 raise RuntimeError(f"the service of {variant.name} did not start")
+            if "ray" in options:
+                process.stdout.readline()  # its replicas are ready
             httpx.get(f"http://{found[1]}/health", timeout=_START_S).raise_for_status()
         yield Service(process, found[1])
     finally:
@@ -177,6 +179,7 @@ def measure_http(
     scenarios: pd.DataFrame,
     searched: Sequence[int] = (1,),
     replicas: int = 1,
+    engine: str = "local",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The service of a variant beside the variant in process, under the same load generator.
 
@@ -186,6 +189,7 @@ def measure_http(
         scenarios: of `load.measure_scenarios`.
         searched: sizes of request whose highest rate within the bound is searched for (Server).
         replicas: of the service, which share the benchmark's threads.
+        engine: of the replicas.
 
     Returns:
         One row per way (`in process`, then by `chips_a_request`) and scenario: `images_per_s`,
@@ -199,16 +203,16 @@ def measure_http(
     rows = [_row(IN_PROCESS, 1, row) for row in alone.to_dict("records")]
     curve = []
     threads = max(1, bench.threads // replicas)
-    options = ("--threads", str(threads), "--replicas", str(replicas))
+    options = ("--threads", str(threads), "--replicas", str(replicas), "--engine", engine)
     with service(bench, variant, *options) as running:
-        if replicas > 1:
+        if engine == "local" and replicas > 1:
             for _ in range(replicas):
                 running.replica()
         for chips in SIZES:
             requests = http_requests(bench.test_paths, chips)
             system = http_system(running.address, requests, bench.config.load_settings)
             way = f"HTTP, {chips} chip{'s' * (chips > 1)} a request"
-            way += f", {replicas} replicas" * (replicas > 1)
+            way += f", {replicas} replicas" * (replicas > 1) + " on Ray" * (engine == "ray")
             found = _http_scenarios(system, running, chips, capacity, chips in searched)
             rows += [_row(way, chips, row) for row in found]
             for load in (f for f in bench.config.load_fractions if f < 1):
@@ -258,13 +262,13 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(added_ms=added.where(one_at_a_time), share=share.where(~one_at_a_time))
 
 
-def measure_killed_replica(bench: Bench, variant: Variant, load: float = 0.5) -> dict:
+def measure_killed_replica(bench: Bench, variant: Variant) -> dict:
     """Two replicas, one of them killed under load: what is lost, and how long until it is back.
 
     Args:
-        bench: what is benchmarked; the load lasts three times its `load_seconds`.
+        bench: what is benchmarked; the load lasts three times its `load_seconds` and is half of
+            the two replicas' own Offline rate.
         variant: whose files are served.
-        load: offered, as a fraction of the two replicas' own Offline rate.
 
     Returns:
         `offered_per_s, requests, lost` (without an answer), `recovered_s` (from the kill until the
@@ -275,7 +279,7 @@ def measure_killed_replica(bench: Bench, variant: Variant, load: float = 0.5) ->
         first, _ = running.replica(), running.replica()
         system = http_system(running.address, http_requests(bench.test_paths, 1), settings)
         rate = run_scenario(system, "Offline", 100)["answered_per_second"]
-        offered = load * run_scenario(system, "Offline", rate)["answered_per_second"]
+        offered = run_scenario(system, "Offline", rate)["answered_per_second"] / 2
         system.settings = replace(system.settings, seconds=3 * settings.seconds)
         times = []
 

@@ -29,7 +29,7 @@ from helpers.evaluation.calibration import (
     fit_rule,
     read_validation,
 )
-from helpers.models.classifier import ClassifierConfig, config_from_json
+from helpers.models.classifier import ClassifierConfig, config_from_json, torch_device
 from helpers.models.files import PREDICTIONS, load_model
 from helpers.records import written_whole
 
@@ -149,12 +149,8 @@ def open_model(path: str | Path, threads: int | None = None, device: str = "auto
         InputError: no such file, a damaged one, a runtime that is not installed, or no GPU where
             one was asked for.
     """
-    path = Path(path)
+    path, device = Path(path), torch_device(device)
     threads = threads or os.cpu_count()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for and no GPU is visible; use cpu or auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if path.suffix == ".json" and path.is_file():
         try:
             variant = Variant.read(path)

@@ -355,15 +355,15 @@ def by_shape(runs: dict[str, Run], config: CompareConfig, metric: str) -> pd.Dat
     return rows.assign(method="LoRA on " + rows.layers)
 
 
-def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFrame:
-    """Where a training step's time goes: median seconds of its parts over some steps.
+def step_times(config: RunConfig, data: ChipData) -> pd.DataFrame:
+    """Where a training step's time goes: median seconds of its parts over ten steps.
 
     Parts: `data` (take and augment a batch of decoded chips, move it to the device), `forward`,
     `backward` and `optimizer`. The first two steps, which warm up, are left out.
     """
     loop = training_loop(config, data)
     rows = []
-    for _ in range(steps):
+    for _ in range(12):
         seconds = dict.fromkeys(STEP_PARTS, 0.0)
         last = time.perf_counter()
 
@@ -381,10 +381,10 @@ def step_times(config: RunConfig, data: ChipData, steps: int = 12) -> pd.DataFra
     return table.rename_axis("part")
 
 
-def full_set_cost(runs: dict[tuple[str, int], Run], chips: int = 1_000_000) -> pd.DataFrame:
-    """What one pass of training over a large set would take, from the measured images per second.
+def full_set_cost(runs: dict[tuple[str, int], Run]) -> pd.DataFrame:
+    """What one pass of training over a million chips takes, from the measured images per second.
 
-    Hours = chips / images per second / 3600. A head-only pass is the forward pass for the
+    Hours = 1,000,000 / images per second / 3600. A head-only pass is the forward pass for the
     features, which is done once for all epochs; the others need a pass every epoch.
     """
     rates = pd.DataFrame(
@@ -396,4 +396,4 @@ def full_set_cost(runs: dict[tuple[str, int], Run], chips: int = 1_000_000) -> p
         for (method, _), run in runs.items()
     )
     table = rates.groupby("method", sort=False).median()
-    return table.assign(hours_per_pass=chips / table.images_per_second / 3600)
+    return table.assign(hours_per_pass=1e6 / table.images_per_second / 3600)

@@ -17,6 +17,19 @@ HEAD_INPUTS = {"cls": 1, "cls+mean": 2, "4xcls+mean": 5}
 """Name of a head input -> its width in units of the backbone's embedding width."""
 
 
+def torch_device(name: str) -> str:
+    """`cpu` or `cuda` for the name of a device, which may be `auto`.
+
+    Raises:
+        InputError: cuda was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for and no GPU is visible; use cpu or auto")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 @dataclass(frozen=True)
 class ClassifierConfig:
     """What is needed to rebuild and use a classifier, apart from its weights.

@@ -14,7 +14,7 @@ from helpers.data.dataset import ChipData, DataConfig
 from helpers.models.adapters import METHODS, PEFT_METHODS, first_adapted
 from helpers.models.architectures import BACKBONE_HELP, backbone_label
 from helpers.models.backbones import build_backbone
-from helpers.models.classifier import HEAD_INPUTS
+from helpers.models.classifier import HEAD_INPUTS, torch_device
 from helpers.records import check_plain_name
 from helpers.training.precision import LoraStep, fastest, step_seconds
 
@@ -128,16 +128,8 @@ class TrainingConfig(Places, DataConfig):
 
     @property
     def torch_device(self) -> str:
-        """`cpu` or `cuda`.
-
-        Raises:
-            InputError: cuda was asked for and there is none.
-        """
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device: cuda was asked for and no GPU is visible; use cpu or auto")
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return self.device
+        """`classifier.torch_device`."""
+        return torch_device(self.device)
 
 
 class RunConfig(TrainingConfig):

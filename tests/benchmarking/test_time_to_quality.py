@@ -117,6 +117,8 @@ def test_only_the_ways_that_are_named_are_trained(capsys):
     }
     with pytest.raises(InputError, match="ways: last_9 is none of plain, trainer, "):
         run(capsys, "--ways", "last_9")
+    with pytest.raises(InputError, match="ways: a sweep has its own two"):
+        run(capsys, "--sweep", "--ways", "last_2")
 
 
 def test_a_trial_does_not_take_the_name_of_a_way():

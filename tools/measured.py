@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import median
 
 import pandas as pd
 
@@ -69,6 +70,7 @@ def time_to_quality_tables() -> dict[str, str]:
     sweep = {"all runs, s": "{all_runs_s:.0f}", "of the plain loop's": "{all_runs_s_to_plain:.2f}"}
     shown = {
         "wind_turbines": whole | rate,
+        "hurricane_harvey": whole | rate,
         "sweep": {"precision": whole["precision"]} | sweep,
         "speed": {"precision": whole["precision"]} | rate,
     }
@@ -95,22 +97,27 @@ def _short(value) -> str:
 
 
 def deployment_parts() -> dict[str, str]:
-    """The service over HTTP, alone, with a killed replica and for ten minutes; a map's memory."""
-    one, two, soak = (
+    """The service over HTTP; the memory of a map; what Ray costs."""
+    one, two, on_ray, soak, maps, ray = (
         json.loads((ROOT / f"benchmark_results/{name}.json").read_text())
         for name in (
             "http_openvino_int8",
             "http_openvino_int8_2_replicas",
+            "http_openvino_int8_2_replicas_ray",
             "soak_http_openvino_int8",
+            "scene_memory",
+            "ray_cost",
         )
     )
     soak, said, lines = soak["soak"], [], []
-    for found in (one["http"], two["http"]):
+    for found in (one["http"], two["http"], on_ray["http"]):
         table = pd.DataFrame(found["table"])
         view = http_view(table)
         lines += view.map(_short).to_numpy().tolist()
         said.append(f"- {http_answer(table)}")
-        killed = found["killed_replica"]
+        killed = found.get("killed_replica")
+        if not killed:  # on Ray
+            continue
         said.append(
             f"- One of two replicas killed at {killed['offered_per_s']:.0f} requests/s: "
             f"{killed['lost']} of {killed['requests']:,} requests without an answer, "
@@ -126,7 +133,6 @@ def deployment_parts() -> dict[str, str]:
         f"{soak['mib_at_the_end']:.0f} at the end."
     )
     served = "\n".join([markdown(tuple(view.columns), lines), "", *said])
-    maps = json.loads((ROOT / "benchmark_results/scene_memory.json").read_text())
     lines = [
         (
             f"{row['side']:,} x {row['side']:,}",
@@ -139,7 +145,13 @@ def deployment_parts() -> dict[str, str]:
         for row in maps
     ]
     header = ("pixels", "file, MiB", "windows with data", "s", "peak MiB", "above the smallest")
+    costs = []
+    for job, found in (("a map", ray["map"]), ("LoRA, four seeds", ray["train"])):
+        seconds = (f"{median(found[way]['seconds']):.1f}" for way in ("local", "control", "ray"))
+        costs.append((job, *seconds, *(f"{found[w]['of_local']:.2f}" for w in ("control", "ray"))))
+    costs_header = ("job", "local, s", "again, s", "Ray, s", "again, of local", "Ray, of local")
     return {
         "http": served,
         "scene_memory": markdown(header, lines),
+        "ray": markdown(costs_header, costs),
     }

@@ -73,10 +73,8 @@ class Published:
 
     @cached_property
     def served(self) -> tuple[pd.DataFrame, str]:
-        """The benchmark's summary by variant, and the variant that it says to deploy."""
-        path = ROOT / self.folder / "benchmark_results" / self.benchmark
-        record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        return pd.read_csv(f"{path}.csv").set_index("variant"), record["decision"]["recommended"]
+        """`served` of the data set's benchmark."""
+        return served(self.folder / "benchmark_results" / self.benchmark)
 
     @cached_property
     def answers(self) -> dict[str, str]:
@@ -85,6 +83,16 @@ class Published:
         by_blocks = comparison.block_runs(self.all_runs, self.config)
         said = answers.comparison_answers(self.config, self.runs, self.draws, shortcuts, by_blocks)
         return said | {DEPLOYED: answers.form_answer(*self.served)}
+
+
+def served(benchmark: Path) -> tuple[pd.DataFrame, str]:
+    """A benchmark's summary by variant, and the variant that it says to deploy.
+
+    From the path of its results without their suffix, relative to the project's folder.
+    """
+    path = ROOT / benchmark
+    record = json.loads(path.with_name(f"{path.name}.json").read_text())
+    return pd.read_csv(f"{path}.csv").set_index("variant"), record["decision"]["recommended"]
 
 
 def published() -> dict[str, Published]:

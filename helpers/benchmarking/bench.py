@@ -18,7 +18,7 @@ from helpers.config import Places, folder_field
 from helpers.data.dataset import ChipData
 from helpers.deployment.variants.build import BUILDERS, DEFAULT
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source, calibration_rows
-from helpers.models.classifier import Classifier
+from helpers.models.classifier import Classifier, torch_device
 from helpers.models.files import EXAMPLE_MODEL, PREDICTIONS, load_model
 from helpers.records import check_plain_name
 from helpers.training.config import RunConfig
@@ -200,7 +200,7 @@ def open_bench(config: BenchmarkConfig) -> Bench:
         )
     name = config.run_name or f"benchmark_{provenance['run']}"
     check_plain_name("model_path", name)
-    device = RunConfig(device=config.device).torch_device
+    device = torch_device(config.device)
     config = config.model_copy(update={"max_batch": config.max_batch or _MAX_BATCH[device]})
     train, valid, test = (_chips(data, split, classifier) for split in ("train", "valid", "test"))
     rows = data.manifest[data.manifest.split == "train"]

@@ -1,8 +1,9 @@
 """All runs that answer the project's questions on one task, from one configuration file.
 
-Every method first gets a learning rate, chosen on validation with as many trials as any other
-method; then come its other seeds, smaller shares of the training chips, a split that mixes places,
-and other ranks and layers. Finished runs are read, so that it goes on where it was stopped.
+Every method gets a learning rate, chosen on validation with as many trials as any other method,
+and then its other seeds; after all methods come smaller shares of the training chips, a split that
+mixes places, and other ranks and layers. Finished runs are read, so that it goes on where it was
+stopped.
 """
 
 import math
@@ -223,12 +224,12 @@ class Collection:
         Raises:
             InputError: as `choose` and `jobs.finished`.
         """
-        for method in self.task.methods:
-            self.choices[method] = self.choose(method)
         for stage, trials in planned(self.task).items():
+            if stage in self.task.methods:
+                self.choices[stage] = self.choose(stage)
             for trial in trials:
                 self.run(replace(trial, rate=self.rate(trial.method)))
-            if trials or stage == "seeds":
+            if trials or stage in self.task.methods:
                 gather(self)
 
 

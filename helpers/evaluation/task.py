@@ -163,9 +163,12 @@ def grid(task: Task) -> list[Trial]:
 
 
 def planned(task: Task) -> dict[str, list[Trial]]:
-    """What is trained once the learning rates are chosen, in stages, without those rates."""
+    """What is trained once the learning rates are chosen, in stages, without those rates.
+
+    First a stage for every method, by its name; its learning rate is chosen before.
+    """
     return {
-        "seeds": [Trial(m, seed) for m in task.methods for seed in task.seeds_of(m)[1:]],
+        **{m: [Trial(m, seed) for seed in task.seeds_of(m)[1:]] for m in task.methods},
         "shares of the training chips": [
             Trial(method, seed, fraction=fraction)
             for fraction in task.fractions

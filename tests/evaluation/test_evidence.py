@@ -96,7 +96,8 @@ def stopped_once(folder, in_this_process):
         patch.setattr(jobs, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
             collected(task, folder, "records")
-    assert not (folder / "records").exists()
+    record = evidence_records.read_evidence("noise", folder / "records").record
+    assert {run["method"] for run in record["runs"]} == {"head_only"} == set(record["choices"])
     return collected(task, folder, "records")
 
 

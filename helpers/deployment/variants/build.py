@@ -42,6 +42,7 @@ from helpers.deployment.variants.pruning import (
 from helpers.deployment.variants.source import CONTROL, REFERENCE, STRUCTURED, Removal, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.deployment.variants.torch import (
+    INT8_DYNAMIC,
     build_autocast,
     build_compiled,
     build_control,
@@ -90,7 +91,7 @@ BUILDERS: dict[str, Builder] = {
         "int8_dynamic",
         "torchao: int8 weights, activations quantized as they come, one scale a token",
         "int8",
-        "Int8DynamicActivationInt8WeightConfig",
+        INT8_DYNAMIC,
     ),
     "int8_weights": partial(
         build_torchao,
@@ -121,7 +122,7 @@ DEFAULT = (
 """What is built where no names are given: of the steps below one way up. `torch.compile` takes half
 a minute, and OpenVINO's fp32 gains more in a second."""
 
-BUILDERS["compiled_fp32"] = build_compiled
+BUILDERS |= {f"compiled_{p}": partial(build_compiled, p) for p in ("fp32", "bf16", "int8")}
 BUILDERS |= _int8_steps("openvino", build_openvino_int8)
 for _percent, _taylor in product(STRUCTURED, (False, True)):
     BUILDERS |= _structured_steps(Removal(_percent, _taylor))

@@ -13,9 +13,12 @@ from helpers.deployment.runtimes import Variant
 from helpers.deployment.variants.source import CONTROL, REFERENCE, Source
 from helpers.deployment.variants.structure import Unavailable
 from helpers.models.adapters import AdapterSettings, add_adapter, merge_adapter
+from helpers.models.classifier import Classifier
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+INT8_DYNAMIC = "Int8DynamicActivationInt8WeightConfig"
 
 
 def build_eager(source: Source) -> Variant:
@@ -74,29 +77,45 @@ def build_lora_merged(source: Source) -> Variant:
     return source.torch_variant("lora_merged", f"{which}, merged", merged, **options)
 
 
-def build_compiled(source: Source) -> Variant:
-    """`torch.compile`'s compiler, run ahead of time, so that no server compiles at its start."""
+def build_compiled(precision: str, source: Source) -> Variant:
+    """`torch.compile`'s compiler, run ahead of time, so that no server compiles at its start.
+
+    Args:
+        precision: `fp32`, `bf16` as `build_pure` has it, or `int8` as torchao's `int8_dynamic`.
+        source: what it is made of.
+    """
     if source.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise Unavailable("torch.compile needs a C++ compiler on the CPU (Debian: g++)")
+    model = copy.deepcopy(source.classifier)
+    if precision == "bf16":
+        model = model.to(torch.bfloat16)
+    if precision == "int8":
+        from torchao.utils import unwrap_tensor_subclass
+
+        model = unwrap_tensor_subclass(_quantized(model, INT8_DYNAMIC))
     chips = source.train[0][:2].to(source.device)
-    model = copy.deepcopy(source.classifier).to(source.device)
+    name = f"compiled_{precision}"
     with torch.no_grad():
         program = torch.export.export(
-            model, (chips,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+            model.to(source.device), (chips,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
         )
-        path = source.folder / "compiled_fp32.pt2"
+        path = source.folder / f"{name}.pt2"
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    made = "compiled ahead of time (torch.export, AOTInductor)"
-    return source.described("compiled_fp32", made, "aot_inductor", (path.name,))
+    made = f"{precision}, compiled ahead of time (torch.export, AOTInductor)"
+    return source.described(name, made, "aot_inductor", (path.name,), precision)
 
 
 def build_torchao(name: str, made: str, precision: str, config: str, source: Source) -> Variant:
     """The linear layers of the blocks quantized by torchao."""
+    model = _quantized(copy.deepcopy(source.classifier), config)
+    return source.torchao_variant(name, made, model, precision)
+
+
+def _quantized(model: Classifier, config: str) -> Classifier:
     from torchao import quantization
 
-    model = copy.deepcopy(source.classifier)
     quantization.quantize_(model.backbone.blocks, getattr(quantization, config)())
-    return source.torchao_variant(name, made, model, precision)
+    return model
 
 
 def build_int4_weights(source: Source) -> Variant:

@@ -32,6 +32,8 @@ MAY_BE_MISSING = NEEDS_GPU | {"openvino_bf16", "openvino_int8_bf16"}  # some CPU
 BUILT = (
     *build.DEFAULT,
     "compiled_fp32",
+    "compiled_bf16",
+    "compiled_int8",
     "openvino_int8_unsmoothed",
     "openvino_int8_bf16",
     "structured_60",
@@ -47,6 +49,8 @@ TOLERANCE = {
     "lora_unmerged": 1e-5,
     "lora_merged": 1e-5,
     "compiled_fp32": 1e-5,
+    "compiled_bf16": 5e-2,
+    "compiled_int8": 1e-1,
     "onnx_fp32": 1e-5,
     "openvino_fp32": 1e-5,
     "fp16": 5e-3,

@@ -103,7 +103,7 @@ def alone(*arguments) -> tuple[dict, np.ndarray]:
 def planned(given: argparse.Namespace) -> dict[str, dict]:
     """Way -> the parameters of its runs, those that all runs share included."""
     shared = {"method": "lora", "device": "cpu", "patience": given.epochs, "epochs": given.epochs}
-    names = ("data_path", "backbone", "weights", "image_size", "batch_size")
+    names = ("data_path", "group_column", "backbone", "weights", "image_size", "batch_size")
     shared |= {name: getattr(given, name) for name in names}
     last = f"last_{given.adapted_blocks}"
     changes = {
@@ -267,6 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_path", default="example")
+    parser.add_argument("--group_column", default="group", help="of the manifest")
     parser.add_argument("--backbone", default="example")
     parser.add_argument("--weights", default="pretrained")
     parser.add_argument("--image_size", type=int, default=98)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from helpers import InputError
-from helpers.training import jobs
+from helpers.training import examples, jobs
 from helpers.training.alone import train_alone
 from tests.training.short_run import NUMBERS, config_for
 
@@ -61,3 +62,13 @@ def test_a_process_that_is_ended_leaves_what_a_run_goes_on_from(
     assert not multiprocessing.active_children()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path.name for path in files if ".part" not in path.name] == ["checkpoint.pt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a fork is not safe")
+def test_a_process_of_its_own_does_not_spawn_those_that_decode(chips_folder, tmp_path, monkeypatch):
+    """As it would by itself, since it was not forked; they imported PyTorch again, for seconds."""
+    monkeypatch.setattr(examples, "_WORKERS_FROM", 1)
+    dataset = config_for(chips_folder, tmp_path).data().dataset("train", 28)
+    loader = examples.batches(dataset, 2)
+    assert loader.num_workers and loader.multiprocessing_context.get_start_method() == "fork"
+    assert sum(len(targets) for _, targets in loader) == len(dataset)

@@ -42,6 +42,7 @@ SIZES = (1, STREAMS)  # chips of a request
 IN_PROCESS = "in process"
 _READY = "a replica is ready, process "
 _START_S = 300  # to load the model, on a busy machine
+_END_S = 180  # Ray takes more than a minute after load
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def service(bench: Bench, variant: Variant, *options: str) -> Iterator[Service]:
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(60)
+            process.wait(_END_S)
         finally:
             process.kill()
             process.wait()

@@ -60,7 +60,7 @@ bench: $(STAMP) ## measurements that take minutes and want a quiet machine
 	@$(BIN)/python -m benchmarks.data_scan
 	@$(OFFLINE) $(BIN)/python -m benchmarks.training_speed
 	@$(OFFLINE) $(BIN)/python -m helpers.finetune --backbone dinov2_vits14 --weights random --image_size 224 --head_inputs cls --output_path runs --history_path runs
-	@$(OFFLINE) $(BIN)/python -m helpers.production_benchmarking --model_path runs/head_only_example_dinov2_vits14_seed0/model_final.safetensors --results_path benchmark_results --variants eager_fp32 lora_merged compiled_fp32 onnx_int8_dynamic openvino_fp32 openvino_bf16 openvino_int8 --load_variants openvino_int8 --batch_sizes 1 8 --latency_samples 60 10 --load_fractions 0.5 0.9 --competing 0
+	@$(OFFLINE) $(BIN)/python -m helpers.production_benchmarking --model_path runs/head_only_example_dinov2_vits14_seed0/model_final.safetensors --results_path benchmark_results --variants eager_fp32 lora_merged compiled_fp32 onnx_int8_dynamic openvino_fp32 openvino_bf16 openvino_int8 structured_40_taylor structured_40_taylor_int8 structured_60_taylor_int8 --recovery_epochs 1 --load_variants openvino_int8 --batch_sizes 1 8 --latency_samples 60 10 --load_fractions 0.5 0.9 --competing 0
 	@$(OFFLINE) $(BIN)/python -m helpers.finetune --output_path runs --history_path runs
 	@$(OFFLINE) $(BIN)/python -m benchmarks.soak --model_path runs/head_only_example_example_seed0/model_final.safetensors
 	@$(OFFLINE) $(BIN)/python -m benchmarks.http_load --model_path runs/head_only_example_example_seed0/model_final.safetensors

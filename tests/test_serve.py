@@ -32,13 +32,17 @@ TOKEN = {"Authorization": "Bearer secret"}
 
 @contextmanager
 def service(folder, *options):
-    """The command in a process of its own, and the address that it says it serves at."""
+    """The command in a process of its own, and the address that it says it serves at.
+
+    Started as the background job of a shell's script is: with SIGINT ignored.
+    """
     model(folder)
     command = [sys.executable, "-m", "helpers.serve", "--model_path", "model.safetensors"]
     environment = {**os.environ, "SERVE_TOKEN": "secret", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [*command, "--port", "0", *options], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     ) as process:  # fmt: skip
         try:
             yield process, process.stdout.readline().split(" at ")[1].split(";")[0]

@@ -42,7 +42,6 @@ SIZES = (1, STREAMS)  # chips of a request
 IN_PROCESS = "in process"
 _READY = "a replica is ready, process "
 _START_S = 300  # to load the model, on a busy machine
-_END_S = 180  # Ray takes more than a minute after load
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def service(bench: Bench, variant: Variant, *options: str) -> Iterator[Service]:
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(_END_S)
+            process.wait(60)
         finally:
             process.kill()
             process.wait()

@@ -140,7 +140,8 @@ def run_on_ray(config: ServerConfig, host: str, port: int) -> None:
     os.environ |= _RAY_SERVE  # read when Ray is imported, and by what it starts
     changes = {"model_path": str(Path(config.model_path).resolve()), "threads": config.threads_each}
     config = config.model_copy(update=changes)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt), cluster(config.ray_address) as ray:
         from ray import serve
         from ray.util.queue import Queue

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.scene_memory import make_scene
+from benchmarks.scene_memory import make_scene, map_in_a_fresh_process
 from helpers.console import run_command
 from helpers.deployment.scoring import open_model
 from helpers.models.files import EXAMPLE_MODEL
@@ -38,13 +38,15 @@ TRAINING = (
 )
 
 
-def seconds_of(command: list[str], folder: str, one_thread: bool) -> float:
-    """Wall seconds of a process in a folder of its own."""
+def training_seconds(engine: str, epochs: int) -> float:
+    """Wall seconds of a comparison in a process and a folder of its own."""
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    environment |= {"OMP_NUM_THREADS": "1"} if one_thread else {}
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True)
-    return time.perf_counter() - start
+    environment |= {"OMP_NUM_THREADS": "1"} if engine == "ray" else {}
+    training = TRAINING.format(epochs=epochs, engine=engine)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", training], cwd=folder, env=environment, check=True)
+        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=6_000, help="of the scene, pixels")
     parser.add_argument("--epochs", type=int, default=3, help="of each training")
     arguments = parser.parse_args()
-    rows, model = [], str(Path(EXAMPLE_MODEL).resolve())
+    rows = []
     with tempfile.TemporaryDirectory() as scenes:
         scene = Path(scenes, "scene.tif")
         resolution = open_model(EXAMPLE_MODEL).classifier.resolution or 0.5
@@ -62,14 +64,17 @@ def main() -> None:
         for number in range(arguments.rounds):
             for name in list(ENGINES)[:: -1 if number % 2 else 1]:
                 engine = ENGINES[name]
-                mapping = ["-m", "helpers.predict", "--model_path", model, "--input", str(scene),
-                           "--output", "map", "--kind", "scene", "--engine", engine]  # fmt: skip
-                training = ["-c", TRAINING.format(epochs=arguments.epochs, engine=engine)]
-                for job, command in (("map", mapping), ("train", training)):
-                    with tempfile.TemporaryDirectory() as folder:
-                        taken = seconds_of(command, folder, engine == "ray")
-                    rows.append({"job": job, "engine": name, "round": number, "seconds": taken})
-                    print(f"{job}, {name}: {taken:.1f} s", flush=True)
+                options = ("--engine", engine, "--overwrite")
+                mapped = map_in_a_fresh_process(scene, EXAMPLE_MODEL, *options)
+                taken = {
+                    "map": mapped["seconds"],
+                    "train": training_seconds(engine, arguments.epochs),
+                }
+                rows += [
+                    {"job": job, "engine": name, "round": number, "seconds": seconds}
+                    for job, seconds in taken.items()
+                ]
+                print(f"{name}: map {taken['map']:.1f} s, train {taken['train']:.1f} s", flush=True)
     table = pd.DataFrame(rows).set_index(["job", "round", "engine"]).seconds.unstack()
     ratios = table.div(table.local, axis=0)
     result = {}

@@ -44,12 +44,11 @@ def make_scene(path: Path, side: int, data_every: int, resolution: float) -> Non
                     scene.write(tile[:, :height, :width], window=Window(col, row, width, height))
 
 
-def map_in_a_fresh_process(scene: Path, model_path: str, threads: int | None) -> dict:
+def map_in_a_fresh_process(scene: Path, model_path: str, *options: str) -> dict:
     """Map a scene; its windows, seconds and the process's peak resident memory in MiB."""
     output = scene.with_name(f"{scene.stem}_map")
-    command = [sys.executable, "-m", "helpers.predict", "--model_path", model_path,
+    command = [sys.executable, "-m", "helpers.predict", "--model_path", model_path, *options,
                "--input", str(scene), "--output", str(output), "--kind", "scene"]  # fmt: skip
-    command += ["--threads", str(threads)] if threads else []
     start = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)  # this child's own peak, not that of all children
@@ -74,15 +73,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of one prediction; all cores by default")
     arguments = parser.parse_args()
     resolution = open_model(arguments.model_path, arguments.threads).classifier.resolution or 0.5
+    options = ("--threads", str(arguments.threads)) if arguments.threads else ()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for side in sorted(arguments.sides):
             scene = Path(folder, f"scene_{side}.tif")
             make_scene(scene, side, arguments.data_every, resolution)
             size = {"side": side, "scene_mib": scene.stat().st_size / 2**20}
-            rows.append(
-                size | map_in_a_fresh_process(scene, arguments.model_path, arguments.threads)
-            )
+            rows.append(size | map_in_a_fresh_process(scene, arguments.model_path, *options))
     table = pd.DataFrame(rows)
     table["above_smallest_mib"] = table.peak_mib - table.peak_mib[0]
     print(table.round(1).to_string(index=False))

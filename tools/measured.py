@@ -3,6 +3,7 @@
 import json
 import math
 from statistics import median
+from typing import Any
 
 import pandas as pd
 
@@ -77,9 +78,8 @@ def time_to_quality_tables() -> dict[str, str]:
     }
     tables = {}
     for name, columns in shown.items():
-        file = ROOT / f"benchmark_results/time_to_quality_{name}.json"
         lines = []
-        for case, found in json.loads(file.read_text())["cases"].items():
+        for case, found in _record(f"time_to_quality_{name}")["cases"].items():
             for way, row in found["ways"].items():
                 row["peak_megabytes"] = row["peak_memory_bytes"] / 1e6
                 seconds = row.get("to_quality_s")  # none where most runs did not reach it
@@ -97,35 +97,28 @@ def _short(value) -> str:
     return value
 
 
-def deployment_parts() -> dict[str, str]:
-    """The service over HTTP; the memory of a map; what Ray costs."""
-    one, two, on_ray, soak, maps, ray = (
-        json.loads((ROOT / f"benchmark_results/{name}.json").read_text())
-        for name in (
-            "http_openvino_int8",
-            "http_openvino_int8_2_replicas",
-            "http_openvino_int8_2_replicas_ray",
-            "soak_http_openvino_int8",
-            "scene_memory",
-            "ray_cost",
-        )
-    )
-    soak, said, lines = soak["soak"], [], []
-    for found in (one["http"], two["http"], on_ray["http"]):
+def _record(name: str) -> Any:
+    return json.loads((ROOT / f"benchmark_results/{name}.json").read_text())
+
+
+def http_part() -> str:
+    """The service over HTTP beside the model in process, with a killed replica, and at length."""
+    lines, said = [], []
+    for ending in ("", "_2_replicas", "_2_replicas_ray"):
+        found = _record(f"http_openvino_int8{ending}")["http"]
         table = pd.DataFrame(found["table"])
         view = http_view(table)
         lines += view.map(_short).to_numpy().tolist()
         said.append(f"- {http_answer(table)}")
-        killed = found.get("killed_replica")
-        if not killed:  # on Ray
-            continue
-        said.append(
-            f"- One of two replicas killed at {killed['offered_per_s']:.0f} requests/s: "
-            f"{killed['lost']} of {killed['requests']:,} requests without an answer, "
-            f"{killed['refused']} refused; a new replica was ready after "
-            f"{killed['recovered_s']:.1f} s. p50 {killed['p50_ms']:.1f}, p99 "
-            f"{killed['p99_ms']:.0f} ms."
-        )
+        if killed := found.get("killed_replica"):  # not on Ray
+            said.append(
+                f"- One of two replicas killed at {killed['offered_per_s']:.0f} requests/s: "
+                f"{killed['lost']} of {killed['requests']:,} requests without an answer, "
+                f"{killed['refused']} refused; a new replica was ready after "
+                f"{killed['recovered_s']:.1f} s. p50 {killed['p50_ms']:.1f}, p99 "
+                f"{killed['p99_ms']:.0f} ms."
+            )
+    soak = _record("soak_http_openvino_int8")["soak"]
     said.append(
         f"- {soak['minutes']:g} minutes at {soak['offered_per_s']:.0f} requests/s, 80 % of "
         f"capacity, one replica: {soak['queries']:,} requests, {soak['errors']} errors, "
@@ -133,7 +126,11 @@ def deployment_parts() -> dict[str, str]:
         f"memory {soak['mib_after_one_minute']:.0f} MiB after the first minute, "
         f"{soak['mib_at_the_end']:.0f} at the end."
     )
-    served = "\n".join([markdown(tuple(view.columns), lines), "", *said])
+    return "\n".join([markdown(tuple(view.columns), lines), "", *said])
+
+
+def scene_memory_table() -> str:
+    """The memory of a map by the size of its scene."""
     lines = [
         (
             f"{row['side']:,} x {row['side']:,}",
@@ -143,16 +140,17 @@ def deployment_parts() -> dict[str, str]:
             f"{row['peak_mib']:.0f}",
             f"{row['above_smallest_mib']:+.0f}",
         )
-        for row in maps
+        for row in _record("scene_memory")
     ]
     header = ("pixels", "file, MiB", "windows with data", "s", "peak MiB", "above the smallest")
-    costs = []
-    for job, found in (("a map", ray["map"]), ("LoRA, four seeds", ray["train"])):
+    return markdown(header, lines)
+
+
+def ray_table() -> str:
+    """What Ray costs on one machine."""
+    record, lines = _record("ray_cost"), []
+    for job, found in (("a map", record["map"]), ("LoRA, four seeds", record["train"])):
         seconds = (f"{median(found[way]['seconds']):.1f}" for way in ("local", "control", "ray"))
-        costs.append((job, *seconds, *(f"{found[w]['of_local']:.2f}" for w in ("control", "ray"))))
-    costs_header = ("job", "local, s", "again, s", "Ray, s", "again, of local", "Ray, of local")
-    return {
-        "http": served,
-        "scene_memory": markdown(header, lines),
-        "ray": markdown(costs_header, costs),
-    }
+        lines.append((job, *seconds, *(f"{found[w]['of_local']:.2f}" for w in ("control", "ray"))))
+    header = ("job", "local, s", "again, s", "Ray, s", "again, of local", "Ray, of local")
+    return markdown(header, lines)

@@ -23,7 +23,13 @@ from helpers.reporting.evidence import headline_row, headline_table
 from helpers.reporting.tables import markdown
 from helpers.training.config import METHOD_DEFAULTS
 from tools import evidence_pages
-from tools.measured import deployment_parts, time_to_quality_tables, training_speed_table
+from tools.measured import (
+    http_part,
+    ray_table,
+    scene_memory_table,
+    time_to_quality_tables,
+    training_speed_table,
+)
 from tools.published import DEPLOYED, Published, published, served
 
 # Benchmark variants that the README shows; the others are in the linked table.
@@ -254,7 +260,11 @@ def pages(sets: dict[str, Published], found: dict[str, Evidence]) -> dict[str, d
             "serving_rsscn7": serving_table(*served(RSSCN7)),
             "serving_example": serving_table(*example.served),
         },
-        "docs/deployment.md": deployment_parts(),
+        "docs/deployment.md": {
+            "http": http_part(),
+            "scene_memory": scene_memory_table(),
+            "ray": ray_table(),
+        },
         "docs/parameters.md": {"method_defaults": method_defaults_table()},
         str(harvey.folder / "README.md"): {
             "caveats": caveats(harvey),

@@ -31,9 +31,6 @@ def test_a_percentile_shown_is_no_smaller_than_the_true_one_in_95_of_100_runs(pe
     assert np.mean(np.array(shown) >= true) > 0.94
 
 
-# --- Quality -------------------------------------------------------------------------------------
-
-
 def test_no_more_than_the_noise_of_the_control_is_faster():
     rows = [("eager_fp32", 1, 0.10), ("eager_fp32_again", 1, 0.08), ("onnx_fp32", 1, 0.085),
             ("openvino_int8", 1, 0.05), ("eager_fp32", 8, 0.10), ("eager_fp32_again", 8, 0.10),

@@ -61,7 +61,7 @@ def configured(folder, **options):
     return BenchmarkConfig.checked(**given | options)
 
 
-# --- Percentiles ---------------------------------------------------------------------------------
+# --- Quality -------------------------------------------------------------------------------------
 
 
 def answering(bench, valid, test=None):

@@ -8,7 +8,7 @@ stopped.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from helpers.data.dataset import ChipData, DataConfig
 from helpers.data.manifest import check_pixels
 from helpers.evaluation.task import Task, Trial, grid, planned, run_config
 from helpers.training.config import RunConfig
-from helpers.training.jobs import finished
+from helpers.training.jobs import FINISHED_BEFORE, Job, in_processes, one_by_one
 from helpers.training.runs import Run
 from helpers.training.setup import new_classifier
 
@@ -29,6 +29,7 @@ MOST_EXTENSIONS = 2  # of a grid whose best learning rate lies on its edge
 EPOCHS_TO_BEST = 8  # of adapters on the tasks here, for the estimate alone
 START_SECONDS = 5  # of a run beside its passes: start, decoding, saving
 BACKWARD = 3  # a training step takes about three forward passes
+Trainer = Callable[[list[Job]], Iterator[tuple[Job, Run, str]]]  # of jobs, in their order
 NOT_FINITE = "is not finite at epoch"  # what a diverged run says
 
 
@@ -133,26 +134,32 @@ class Collection:
 
     def run(self, trial: Trial) -> Run:
         """Train, test and save a run, or read it, and say so."""
+        self._run([trial], one_by_one)
+        return self.runs[trial]
+
+    def run_all(self, trials: list[Trial]) -> None:
+        """The same with several; those that are not measured train side by side."""
+        self._run([trial for trial in trials if self.is_measured(trial)], one_by_one)
+        self._run([trial for trial in trials if not self.is_measured(trial)], in_processes)
+
+    def _run(self, trials: list[Trial], train: Trainer) -> None:
+        done, start = train([self._job(trial) for trial in trials]), time.perf_counter()
+        for trial, (_, run, took) in zip(trials, done, strict=True):
+            self.runs[trial] = replace(run, classifier=None, adapter=None)  # memory
+            if took != FINISHED_BEFORE:
+                self.expected += self._expected(trial)
+                self.seconds += time.perf_counter() - start
+            failure = run.record["failure"] and f"; WARNING: {run.record['failure']}"
+            epochs = f"best epoch {run.record['best_epoch']} of {run.record['epochs_trained']}"
+            self._say(trial, f"{epochs}, {took}{failure}")
+            start = time.perf_counter()
+
+    def _job(self, trial: Trial) -> Job:
         config = self.config(trial)
         data = self._data(config)
         if trial.random_split:
             data = random_split(data, trial.seed)
-        start = time.perf_counter()
-        alone = self.is_measured(trial)
-        run, was_read = finished(config, config.share(data), lambda line: None, alone=alone)
-        self.runs[trial] = replace(run, classifier=None, adapter=None)  # memory
-        seconds = time.perf_counter() - start
-        if not was_read:
-            self.expected += self._expected(trial)
-            self.seconds += seconds
-        failure = run.record["failure"] and f"; WARNING: {run.record['failure']}"
-        took = "finished before" if was_read else f"{seconds:.0f} s"
-        self._say(
-            trial,
-            f"best epoch {run.record['best_epoch']} of {run.record['epochs_trained']}, "
-            f"{took}{failure}",
-        )
-        return run
+        return Job(config, config.share(data), self.is_measured(trial))
 
     def _say(self, trial: Trial, said: str) -> None:
         """Strike a run off the plan and say how it ended and how long the others take."""
@@ -227,8 +234,7 @@ class Collection:
         for stage, trials in planned(self.task).items():
             if stage in self.task.methods:
                 self.choices[stage] = self.choose(stage)
-            for trial in trials:
-                self.run(replace(trial, rate=self.rate(trial.method)))
+            self.run_all([replace(trial, rate=self.rate(trial.method)) for trial in trials])
             if trials or stage in self.task.methods:
                 gather(self)
 

@@ -63,13 +63,14 @@ def task_of(folder, **changes):
 
 @pytest.fixture(scope="module")
 def in_this_process():
-    """Runs of their own process train here: to start one takes seconds."""
+    """Runs of other processes train here: to start one takes seconds."""
 
     def alone(config, data, report):
         save_run(config, jobs.train(config, data, report))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "train_alone", alone)
+        patch.setattr(evidence, "in_processes", jobs.one_by_one)
         yield
 
 
@@ -207,7 +208,7 @@ def tuned(folder, monkeypatch):
             record |= {"failure": ""}
             return Run(None, None, pd.DataFrame(), pd.DataFrame(), record), False
 
-        monkeypatch.setattr(evidence, "finished", finished)
+        monkeypatch.setattr(jobs, "finished", finished)
         collection = evidence.Collection(task_of(folder), folder / "tuned", lambda line: None)
         return collection.choose("head_only"), collection
 

@@ -296,20 +296,23 @@ def ranking_sentence(evidence: Evidence) -> str:
 
 
 def when_lora_pays(found: dict[str, Evidence]) -> str:
-    """One sentence over all tasks: where LoRA is clearly ahead, by what the backbone has seen."""
-    words: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
-    for name, evidence in found.items():
-        gain = auroc_gain(evidence, LORA)
-        if gain and gain["unit"] == "places":
-            word = in_a_word(SimpleNamespace(**gain))
-            kind = {"Yes": "ahead", "No, it is worse": "behind"}.get(word, "not clearly different")
-            words[evidence.record["settings"]["seen"]].setdefault(kind, []).append(name)
-    parts = []
-    for seen, kinds in words.items():
-        if kinds:
-            said = ", ".join(f"{kind} on {', '.join(names)}" for kind, names in kinds.items())
-            parts.append(f"where the backbone has {'' if seen else 'not '}seen the chips: {said}")
-    return f"LoRA against the head, {'; '.join(parts)}." if parts else ""
+    """A line a row of LoRA: tasks by verdict, how far it is ahead, what the backbone has seen."""
+    lines = []
+    for method in (f"{LORA}_last6", LORA):
+        kinds: dict[str, list[str]] = {"ahead": [], "not clearly different": [], "behind": []}
+        for evidence in found.values():
+            gain = auroc_gain(evidence, method)
+            if gain and gain["unit"] == "places":
+                word = in_a_word(SimpleNamespace(**gain))
+                kind = {"Yes": "ahead", "No, it is worse": "behind"}.get(
+                    word, "not clearly different"
+                )
+                kinds[kind].append(f"{_name(evidence)} ({gain['value']:+.4f})")
+        said = "; ".join(
+            f"{kind} on {' and '.join(names)}" for kind, names in kinds.items() if names
+        )
+        lines += [f"- `{method}` against the head, test AUROC: {said}."] if said else []
+    return "\n".join(lines)
 
 
 def sources(found: dict[str, Evidence]) -> str:

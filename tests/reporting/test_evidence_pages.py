@@ -113,8 +113,8 @@ def test_the_parts_of_the_page_hold_tables_figures_and_words():
     assert "0.001: 0.0010; 0.01: 0.0100 | 0.001 | inside, extended 1 times" in parts["rates"]
     assert "40 pairs" in parts["matched"] and "lora 0.700 [0.880, 0.950]" in parts["matched"]
     assert parts["when"] == (
-        "LoRA against the head, where the backbone has not seen the chips: ahead on farms; where "
-        "the backbone has seen the chips: ahead on towns."
+        "- `lora` against the head, test AUROC: ahead on farms, not seen (+0.0300) and towns, seen "
+        "(+0.0300)."
     )
 
 

@@ -48,7 +48,7 @@ def of_methods(found: dict[str, Evidence]) -> dict[str, Evidence]:
 
 
 CAPTIONS = {
-    "methods": "Test AUROC of methods on pretrained weights by task, mean over seeds with its interval",
+    "methods": "Test AUROC of methods and tasks, pretrained, mean over seeds with its interval",
     "gain_by_chips": "How far LoRA is ahead of the head, against the number of training chips",
 }
 

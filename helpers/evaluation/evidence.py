@@ -1,8 +1,8 @@
 """All runs that answer the project's questions on one task, from one configuration file.
 
 Every method gets a learning rate, chosen on validation with as many trials as any other method,
-and then its other seeds; after all methods come smaller shares of the training chips, a split that
-mixes places, and other ranks and layers. Finished runs are read, so that it goes on where it was
+and then its other seeds, smaller shares of the training chips and a split that mixes places; after
+all methods come other ranks and layers. Finished runs are read, so that it goes on where it was
 stopped.
 """
 

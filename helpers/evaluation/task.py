@@ -165,25 +165,26 @@ def grid(task: Task) -> list[Trial]:
 def planned(task: Task) -> dict[str, list[Trial]]:
     """What is trained once the learning rates are chosen, in stages, without those rates.
 
-    First a stage for every method, by its name; its learning rate is chosen before.
+    First a stage for every method, by its name, whose learning rate is chosen before.
     """
     return {
-        **{m: [Trial(m, seed) for seed in task.seeds_of(m)[1:]] for m in task.methods},
-        "shares of the training chips": [
-            Trial(method, seed, fraction=fraction)
-            for fraction in task.fractions
-            for method in task.fraction_methods
-            for seed in task.seeds_of(method)
-        ],
-        "splits that mix places": [
-            Trial(method, seed, random_split=True)
-            for method in task.random_split_methods
-            for seed in task.seeds_of(method)
-        ],
+        **{method: _planned_of(task, method) for method in task.methods},
         "ranks and layers": [
             Trial(name, seed) for name in task.shapes for seed in task.seeds_of(name)
         ],
     }
+
+
+def _planned_of(task: Task, method: str) -> list[Trial]:
+    """The other seeds of a method, then shares of the training chips and splits that mix places."""
+    seeds = task.seeds_of(method)
+    shares = task.fractions if method in task.fraction_methods else ()
+    mixed = method in task.random_split_methods
+    return [
+        *(Trial(method, seed) for seed in seeds[1:]),
+        *(Trial(method, seed, fraction=share) for share in shares for seed in seeds),
+        *(Trial(method, seed, random_split=True) for seed in seeds if mixed),
+    ]
 
 
 def run_config(task: Task, trial: Trial, folder: Path) -> RunConfig:

@@ -85,11 +85,11 @@ def collected(task, folder, name):
 
 @pytest.fixture(scope="module")
 def stopped_once(folder, in_this_process):
-    """What a collection leaves that was stopped in its eighth training and went on."""
+    """What a collection leaves that was stopped in its eleventh training and went on."""
     task, count = task_of(folder), itertools.count(1)
 
     def stopped(*arguments, **options):
-        if next(count) == 8:
+        if next(count) == 11:
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
@@ -105,7 +105,7 @@ def stopped_once(folder, in_this_process):
 def test_it_goes_on_where_it_was_stopped(stopped_once):
     lines, found = stopped_once
     before = [line.split()[1] for line in lines if "finished before" in line]
-    assert len(before) == 7
+    assert len(before) == 10
     assert lines[0].startswith("noise: 13 runs planned on 24 training, 12 validation and 24 test")
     assert lines[0].endswith("on this machine, less what is finished already")
     done = sum(line.startswith("[") for line in lines)

@@ -153,8 +153,8 @@ def caveats(data_set: Published) -> str:
     two = chips.group.value_counts(normalize=True).head(2).sum()
     trained = data_set.runs["lora", data_set.config.seeds[0]].record["chips"]["train"]
     return (
-        "Read the numbers on Hurricane Harvey with three things in mind. The backbone has seen the "
-        f"{trained:,} training chips before, without labels: they are "
+        "Three things about Hurricane Harvey. The backbone has seen the "
+        f"{trained:,} training chips before, without labels: "
         f"{trained / BACKBONE_IMAGES:.0%} of what it was distilled on. The labels are largely "
         f"before and after: {twins:.0%} of the damaged "
         "test chips have an undamaged one at the same coordinates, so what tells the acquisitions "

@@ -21,6 +21,14 @@ HEADLINE = {
     "full": "full",
 }
 """Rows of a task that the README's table shows -> what it calls them."""
+STEPS = (
+    (REFERENCE, "lora_last6"),
+    (REFERENCE, LORA),
+    ("lora_last6", LORA),
+    (LORA, "dora"),
+    ("lora_last6", "full"),
+)
+"""Rows that cost more, after the row that they must beat."""
 FEW_PLACES = 10
 """Test places below which an interval over places is called uncertain itself: percentile intervals
 of so few clusters are too narrow (Cameron, Gelbach and Miller 2008, doi 10.1162/rest.90.3.414)."""
@@ -296,23 +304,21 @@ def ranking_sentence(evidence: Evidence) -> str:
 
 
 def when_lora_pays(found: dict[str, Evidence]) -> str:
-    """A line a row of LoRA: tasks by verdict, how far it is ahead, what the backbone has seen."""
+    """A row for each of `STEPS`: tasks by verdict, with the gain."""
+    words = {"Yes": "ahead", "No, it is worse": "behind"}
     lines = []
-    for method in (f"{LORA}_last6", LORA):
-        kinds: dict[str, list[str]] = {"ahead": [], "not clearly different": [], "behind": []}
+    for first, second in STEPS:
+        tasks: dict[str, list[str]] = {"ahead": [], "not clearly different": [], "behind": []}
         for evidence in found.values():
-            gain = auroc_gain(evidence, method)
+            gain = auroc_gain(evidence, second, first)
             if gain and gain["unit"] == "places":
                 word = in_a_word(SimpleNamespace(**gain))
-                kind = {"Yes": "ahead", "No, it is worse": "behind"}.get(
-                    word, "not clearly different"
-                )
-                kinds[kind].append(f"{_name(evidence)} ({gain['value']:+.4f})")
-        said = "; ".join(
-            f"{kind} on {' and '.join(names)}" for kind, names in kinds.items() if names
-        )
-        lines += [f"- `{method}` against the head, test AUROC: {said}."] if said else []
-    return "\n".join(lines)
+                shown = f"{_name(evidence)} ({gain['value']:+.4f})"
+                tasks[words.get(word, "not clearly different")].append(shown)
+        cells = ["; ".join(names) or "-" for names in tasks.values()]
+        if any(tasks.values()):
+            lines.append((f"`{second}` over `{first}`", *cells))
+    return markdown(("step", "ahead on", "not clearly different on", "behind on"), lines)
 
 
 def sources(found: dict[str, Evidence]) -> str:

@@ -159,11 +159,9 @@ def rates_table(found: dict[str, Evidence]) -> str:
                 for t in sorted(tried, key=lambda trial: trial["learning_rate"])
             ]
             edge = "on the edge still" if choice["on_edge"] else "inside"
-            runs = [r for r in evidence.record["runs"] if r["method"] == method]
-            stopped = sum(run["stopped"] for run in runs)
             lines.append(
                 (name, f"`{method}`", "; ".join(losses), f"{choice['rate']:g}",
-                 f"{edge}, extended {choice['extended']} times", f"{stopped} of {len(runs)}")
+                 f"{edge}, extended {choice['extended']} times", stopped(evidence, method))
             )  # fmt: skip
     header = ("task", "method", "learning rate: validation loss", "chosen", "in its grid",
               "runs that validation stopped")  # fmt: skip
@@ -179,13 +177,25 @@ def shares_table(found: dict[str, Evidence]) -> str:
             f"{row['train_chips']:,} ({row['fraction']:.0%})",
             signed(row, 4),
             verdict(row, evidence),
+            stopped(evidence, row["second"], row["fraction"]),
         )
         for evidence in found.values()
         for row in evidence.record["summary"]["shares"]
     ]
     header = ("task, by the backbone", "method", "training chips", "AUROC ahead of the head",
-              "better?")  # fmt: skip
+              "better?", "runs that validation stopped")  # fmt: skip
     return markdown(header, lines)
+
+
+def stopped(evidence: Evidence, method: str, fraction: float | None = None) -> str:
+    """How many runs of a row ended before their last epoch; of one share, or of all runs."""
+    ended = [
+        run["stopped"]
+        for run in evidence.record["runs"]
+        if run["method"] == method
+        and (fraction is None or (run["train_fraction"], run["random_split"]) == (fraction, False))
+    ]
+    return f"{sum(ended)} of {len(ended)}"
 
 
 def ranks_table(found: dict[str, Evidence]) -> str:

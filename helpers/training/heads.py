@@ -2,8 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -14,6 +12,7 @@ from helpers.models.classifier import HEAD_INPUTS, Classifier, head_columns
 from helpers.training.config import RunConfig
 from helpers.training.features import Features, extract_features
 from helpers.training.loop import fit
+from helpers.training.processes import torch_threads
 from helpers.training.progress import Progress
 from helpers.training.setup import fit_settings, tracked_accelerator
 
@@ -68,7 +67,8 @@ def fit_heads(
         }
         for head, row in zip(heads.heads, candidates.itertuples(), strict=True)
     ]
-    with _one_thread(), tracked_accelerator(config) as accelerator:
+    # Heads are too small to share: threads would spend more time waiting than computing.
+    with torch_threads(1), tracked_accelerator(config) as accelerator:
         progress = fit(
             heads,
             groups,
@@ -79,17 +79,6 @@ def fit_heads(
             report=report,
         )
     return heads, progress
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Heads are too small to share: threads would spend more time waiting than computing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def caching_benefit(config: RunConfig, data: ChipData, classifier: Classifier) -> pd.DataFrame:

@@ -40,6 +40,17 @@ def several() -> PartialState | None:
 
 
 @contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with so many threads on the CPU; afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def fast_products(device: str | torch.device) -> Iterator[None]:
     """On a GPU, products of fp32 matrices in TF32 (10 bits of fraction); elsewhere nothing."""
     before = torch.get_float32_matmul_precision()

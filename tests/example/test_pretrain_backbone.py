@@ -11,6 +11,7 @@ from PIL import Image
 from example import pretrain_backbone
 from example.pretrain_backbone import Student, cut, find_images, half_whiten, train
 from helpers.models.architectures import ARCHITECTURES
+from helpers.training.processes import torch_threads
 from tests.fake_data import make_chip, write_chip
 
 
@@ -59,10 +60,8 @@ def test_attention_begins_local_and_values_near_minus_identity():
 @pytest.fixture
 def one_thread():
     """Four chips are too few to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch, one_thread):

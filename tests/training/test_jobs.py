@@ -6,20 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 
 from helpers import InputError
 from helpers.training.jobs import FINISHED_BEFORE, Job, in_processes, one_by_one
+from helpers.training.processes import torch_threads
 from tests.training.short_run import config_for
 
 
 @pytest.fixture
 def two_threads():
     """On a machine of one core, too; there nothing would run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 def jobs_of(data, folder, kind=Job, **parameters):

@@ -60,4 +60,8 @@ def data_warnings(data: ChipData) -> list[str]:
             f"WARNING: {len(data.skipped)} unreadable files skipped, e.g. {first.img_path}: "
             f"{first.reason}"
         )
+    n_bands = data.manifest["n_bands"].iloc[0]
+    if len(data.bands) < n_bands:
+        bands = ", ".join(map(str, data.bands))
+        lines.append(f"bands: {bands} of the {n_bands} in a file are in use")
     return lines

@@ -74,14 +74,15 @@ def create_app(
     """The application of one process.
 
     `POST /predict` takes an image as body or several as the files of a multipart form;
-    `GET /health`, `/model` and `/metrics` answer for operators. Every error is JSON with `detail`.
+    `GET /health`, `/model` and `/metrics` answer for operators, and `/` names them. Every error is
+    JSON with `detail`.
 
     Args:
         config: limits.
         scorer: the classifier.
         rule: from its logits to answers.
         logits_of: has the classifier predict, many chips at once.
-        token: that requests must carry, apart from `/health`; None for none.
+        token: that requests must carry, apart from `/` and `/health`; None for none.
     """
     held = 0
 
@@ -131,6 +132,10 @@ def create_app(
         for prediction in predictions:
             _ANSWERS.labels(prediction["answer"]).inc()
         return {"model": scorer.digest, "predictions": predictions}
+
+    @app.get("/")
+    async def root() -> dict:
+        return {"detail": "POST an image to /predict; GET /health, /model or /metrics"}
 
     @app.get("/health")
     async def health() -> dict:

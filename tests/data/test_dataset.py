@@ -12,7 +12,7 @@ from helpers import InputError
 from helpers.console import run_command
 from helpers.data.chips import read_chip
 from helpers.data.dataset import band_statistics, load_data
-from helpers.data.report import data_report
+from helpers.data.report import data_report, data_warnings
 from helpers.data.splits import SPLITS
 from helpers.load_data import main
 from tests.fake_data import (
@@ -153,6 +153,12 @@ def test_report(tmp_path):
         "leakage     none: no image, copy, group or ground in two splits",
     ):
         assert line in report.splitlines()
+
+
+def test_bands_that_are_not_in_use_are_said(tmp_path):
+    root = manifest_folder(tmp_path, suffix=".npy", bands=5)
+    assert data_warnings(load_data(root)) == ["bands: 0, 1, 2 of the 5 in a file are in use"]
+    assert data_warnings(load_data(root, bands=(4, 2, 1, 0, 3))) == []
 
 
 def test_report_counts_chips_that_are_not_square(tmp_path):

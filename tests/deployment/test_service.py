@@ -112,6 +112,7 @@ def test_token(scorer, tmp_path):
         assert http.get("/model", headers=header).status_code == 401
         assert http.get("/metrics", headers=header).status_code == 401
     assert http.get("/health").json() == {"status": "ok"}
+    assert "/predict" in http.get("/").json()["detail"]
     header = {"Authorization": "Bearer secret"}
     assert http.post("/predict", content=image, headers=header).status_code == 200
     assert http.get("/model", headers=header).json()["model"] == scorer.digest

@@ -60,7 +60,7 @@ def run_notebook(name: str, output: Path, parameters: dict, folder: Path = ROOT)
             kernel_name="python3",
             progress_bar=False,
             extra_arguments=[
-                "--IPKernelApp.log_level=ERROR",
+                "--IPKernelApp.log_level=CRITICAL",  # at ERROR it reports its own end
                 f"--IPKernelApp.exec_lines={PROGRESS}",
             ],
         )

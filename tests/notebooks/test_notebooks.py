@@ -99,6 +99,7 @@ def test_the_parameters_cell_is_the_whole_interface(name):
     config = CONFIGS[name]
     assert set(namespace) <= set(config.model_fields)
     assert config.checked(**namespace) == config.checked()
+    assert set(papermill.inspect_notebook(ROOT / f"{name}.ipynb")) == set(namespace)
     lines = first.source.splitlines()
     for statement in ast.parse(first.source).body:
         assert "#" in lines[statement.end_lineno - 1], ast.unparse(statement)
@@ -113,7 +114,7 @@ def test_the_committed_notebook_is_executed_clean_and_small(name):
         output.output_type != "error" and output.get("name") != "stderr" for output in outputs
     )
     text = (ROOT / f"{name}.ipynb").read_text()
-    assert len(text) < 1_500_000 and str(ROOT) not in text
+    assert len(text) < 700_000 and str(ROOT) not in text
     assert "papermill" not in read(name).metadata, "its notes hold paths of the machine"
 
 

@@ -249,8 +249,9 @@ def pages(sets: dict[str, Published], found: dict[str, Evidence]) -> dict[str, d
     """Page -> name of a part -> what stands between its marks."""
     harvey, example = sets["hurricane_harvey"], sets["example"]
     others = {"hurricane_harvey": headline_of(harvey, "hurricane_harvey, seen")}
+    tasks = headline_table(evidence_pages.of_methods(found), others)
     return {
-        "README.md": {"tasks": headline_table(found, others), "caveats": caveats(harvey)},
+        "README.md": {"tasks": tasks, "caveats": caveats(harvey)},
         "docs/results.md": {
             "questions": questions_table(sets),
             "shapes": shapes_table(harvey),

@@ -100,9 +100,11 @@ def headline_row(name: str, chips: int, trivial: tuple, means: dict, gains: dict
 
 
 def headline_table(found: dict[str, Evidence], others: dict[str, tuple]) -> str:
-    """AUROC of every task and method; `others` are rows of tasks that have no evidence yet."""
+    """AUROC of every task and method; `others` are rows of tasks whose evidence is not complete."""
     rows = dict(others)
     for name, evidence in found.items():
+        if name in others and evidence.record["missing"]:
+            continue
         means = {row["method"]: row for row in _summary(evidence, "means", metric="auroc")}
         gains = {method: auroc_gain(evidence, method) for method in means}
         chips = evidence.record["chips"]["test"]

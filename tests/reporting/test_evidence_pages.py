@@ -130,6 +130,9 @@ def test_the_readmes_table_has_a_row_a_task_and_marks_what_is_clearly_ahead():
         "| farms, not seen | 80 | majority 0.600 [0.500, 0.700] | 0.900 [0.850, 0.920] | - | "
         "**0.930 [0.880, 0.950]** | - | - |",
     ]
+    found["towns"].record["missing"] = 1
+    table = evidence.headline_table(found, {"towns": towns_by_hand})
+    assert table.splitlines()[2].startswith("| towns, seen | 1 |")
 
 
 def test_shapes_have_a_table_of_their_own():

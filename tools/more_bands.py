@@ -1,4 +1,4 @@
-"""Chips of six bands from RGB chips, for `evidence/more_bands.yaml`: `python -m tools.more_bands`.
+"""Chips of six bands from RGB chips, for `evidence/more_bands*.yaml`: `python -m tools.more_bands`.
 
 Band 0 is the luminance, about what a panchromatic sensor gives; bands 1 and 2 are the colour
 differences Cb and Cr, which no three grey bands hold; bands 3 to 5 are the RGB they were made of.

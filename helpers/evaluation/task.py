@@ -196,7 +196,8 @@ def run_config(task: Task, trial: Trial, folder: Path) -> RunConfig:
     row = task.row(trial.method)
     rate = trial.rate or row.learning_rates[0]
     values = task.training | row.changes
-    values |= {"method": row.method, "seed": trial.seed, "train_fraction": trial.fraction}
+    share = task.training.get("train_fraction", 1) * trial.fraction
+    values |= {"method": row.method, "seed": trial.seed, "train_fraction": share}
     values |= {"output_path": str(folder), "run_name": replace(trial, rate=rate).name}
     values |= {"resume": True, "save_merged": False, "learning_rate": rate}
     if row.method == "head_only":  # one head a run: as many trials as the other methods have

@@ -327,10 +327,11 @@ def test_a_committed_task_can_be_planned(path, tmp_path):
     assert len({trial.name for trial in trials}) == len(trials)
     for trial in trials:
         config = run_config(task, trial, tmp_path)
-        assert config.seed == trial.seed and config.train_fraction == trial.fraction
+        share = task.training.get("train_fraction", 1) * trial.fraction
+        assert config.seed == trial.seed and config.train_fraction == share
         rates = config.learning_rates if config.method == "head_only" else [config.learning_rate]
         assert list(rates) == [trial.rate]
-    if task.name not in ("more_bands", "hurricane_harvey_unseen"):
+    if task.name not in ("more_bands", "more_bands_rsscn7", "hurricane_harvey_unseen"):
         assert set(task.methods) == {
             "head_only", "lora_last6", "lora", "dora", "full", "random_lora"
         }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 import yaml
 
 from helpers.data.chips import read_chip
@@ -34,8 +35,9 @@ def test_grey_bands_hold_no_colour_and_all_six_hold_the_chip(tmp_path, monkeypat
     assert chip.shape == (5, 28, 28) and (chip[0] == chip[2]).all()
 
 
-def test_the_tasks_bands_are_those_that_the_set_has():
-    task = yaml.safe_load((ROOT / "evidence/more_bands.yaml").read_text())
+@pytest.mark.parametrize("name", ["more_bands", "more_bands_rsscn7"])
+def test_the_tasks_bands_are_those_that_the_set_has(name):
+    task = yaml.safe_load((ROOT / f"evidence/{name}.yaml").read_text())
     bands = [row.get("changes", {}).get("bands") for row in task["methods"].values()]
     assert task["training"]["bands"] == [0, 0, 0]  # no row without colour sees band 1 or above
     assert {tuple(b) for b in bands if b} == {(0, 0, 0, 1, 2), (3, 4, 5)}

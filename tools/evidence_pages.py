@@ -13,6 +13,7 @@ from helpers.reporting.results_table import comparison_rows, csv, evidence_rows,
 from tools.published import Published
 
 FIGURES = "reports/evidence/figures"
+UNSEEN = "_unseen"  # ends the name of a task with a backbone that has not seen it
 NOTHING_YET = "No task has been run yet; `make evidence` does it."
 LINKS = {"hurricane_harvey": "hurricane_harvey/README.md", "example": "../docs/results.md"}
 
@@ -26,6 +27,11 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
         for name, one in found.items()
         if "matching" in one.record
     ]
+    unseen = [
+        evidence.backbones_table(found[seen], one)
+        for name, one in found.items()
+        if (seen := name.removesuffix(UNSEEN)) != name and seen in found
+    ]
     parts = {
         "when": evidence.when_lora_pays(found),
         "tasks": with_figure("methods", found, evidence.tasks_table(methods)),
@@ -36,6 +42,7 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
         "where": "\n\n".join(picture(f"places_{name}") for name in places_of(found)),
         "matched": "\n\n".join(matched),
         "bands": evidence.bands_table({n: e for n, e in found.items() if n not in methods}),
+        "unseen": "\n\n".join(unseen),
         "rates": evidence.rates_table(found),
         "sources": evidence.sources(found),
     }

@@ -7,6 +7,7 @@ import pandas as pd
 
 from helpers.evaluation.baselines import strongest_baseline
 from helpers.evaluation.evidence_records import Evidence
+from helpers.evaluation.seeds import draws_of, method_gains, method_means
 from helpers.evaluation.task import REFERENCE
 from helpers.metrics import with_group_interval, with_interval
 from helpers.reporting.answers import in_a_word, signed
@@ -248,6 +249,30 @@ def bands_table(found: dict[str, Evidence]) -> str:
     header = ("task, by the backbone", "row", "bands", "stem", "test AUROC", "AUROC ahead",
               "better?", "trained", "seconds")  # fmt: skip
     return markdown(header, lines)
+
+
+def backbones_table(seen: Evidence, unseen: Evidence) -> str:
+    """What it is worth, by method, that a backbone has seen the training chips, unlabelled.
+
+    From the evidence with that backbone, and with another one on the same chips and seeds.
+    """
+    first, second = "not seen", "seen"
+    sides = ((first, unseen.runs()), (second, seen.runs()))
+    lines = []
+    for method in dict.fromkeys(name for name, _ in sides[0][1]):
+        pairs = {
+            (side, seed): run
+            for side, runs in sides
+            for (name, seed), run in runs.items()
+            if name == method
+        }
+        draws = draws_of(pairs)
+        means = method_means(pairs, draws, ("auroc",)).set_index("method").to_dict("index")
+        (gain,) = method_gains(pairs, draws).to_dict("records")
+        cells = [with_interval(means[side], 3) for side in (first, second)]
+        lines.append((f"`{method}`, {gain['seeds']} seeds", *cells, signed(gain, 4),
+                      verdict(gain, unseen)))  # fmt: skip
+    return markdown(("method", first, second, "AUROC ahead by having seen", "better?"), lines)
 
 
 def changes_in_words(row: dict[str, Any]) -> str:

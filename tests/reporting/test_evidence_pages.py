@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from helpers.evaluation.evidence_records import TRIVIAL, Evidence, published_evidence
 from helpers.records import ROOT
@@ -133,6 +134,35 @@ def test_the_readmes_table_has_a_row_a_task_and_marks_what_is_clearly_ahead():
     found["towns"].record["missing"] = 1
     table = evidence.headline_table(found, {"towns": towns_by_hand})
     assert table.splitlines()[2].startswith("| towns, seen | 1 |")
+
+
+def predicted(skill):
+    """Test predictions of both runs on 60 chips of 12 places: the higher the skill, the better."""
+    generator = np.random.default_rng(0)
+    target = generator.permutation(np.arange(60) % 2)
+    p_tree = 1 / (1 + np.exp(-skill * (2 * target - 1) - generator.standard_normal(60)))
+    table = pd.DataFrame({
+        "split": "test", "target": target, "group": [str(n // 5) for n in range(60)],
+        "predicted": (p_tree > 0.5).astype(int), "p_none": 1 - p_tree, "p_tree": p_tree,
+    })  # fmt: skip
+    return pd.concat([table.assign(run=f"{name}_seed0") for name in ("head_only", "lora")])
+
+
+def test_a_backbone_that_has_seen_the_chips_is_compared_with_one_that_has_not():
+    found = {
+        "towns": Evidence(made("towns", True).record, predicted(3.0)),
+        "towns_unseen": Evidence(made("towns_unseen").record, predicted(0.2)),
+    }
+    (parts,) = evidence_pages.pages(found).values()
+    *_, head, lora = parts["unseen"].splitlines()
+    assert head.startswith("| `head_only`, 1 seeds |") and head.endswith("| Yes |")
+    assert lora == head.replace("head_only", "lora")
+    gain = float(re.search(r"\| \+(\S+) \[\+", head)[1])
+    aurocs = [roc_auc_score(p.target, p.p_tree) for p in (predicted(0.2), predicted(3.0))]
+    assert gain == pytest.approx(aurocs[1] - aurocs[0], abs=6e-5)
+    del found["towns"]
+    (parts,) = evidence_pages.pages(found).values()
+    assert parts["unseen"] == evidence_pages.NOTHING_YET
 
 
 def test_shapes_have_a_table_of_their_own():

@@ -99,7 +99,8 @@ def draw(found: dict[str, Evidence], folder: Path = ROOT / FIGURES) -> None:
     for name, table in figures(found).items():
         plots.save(drawing[name](table, labels), folder / f"{name}.png")
     for name, places in places_of(found).items():
-        title = f"{evidence.LORA} on the test places of {name}, {labels}"
+        backbone = found[name].record["backbone"]
+        title = f"{evidence.LORA} on the test places of {name}, {backbone}"
         plots.save(place_plots.places_map(places, title), folder / f"places_{name}.png")
 
 

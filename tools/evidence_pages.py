@@ -91,16 +91,16 @@ def places_of(found: dict[str, Evidence]) -> dict[str, pd.DataFrame]:
 
 def draw(found: dict[str, Evidence], folder: Path = ROOT / FIGURES) -> None:
     """Draw the figures of the evidence."""
-    labels = ", ".join(dict.fromkeys(one.record["backbone"] for one in found.values()))
+    backbones = {name: one.record["backbone"] for name, one in found.items()}
     drawing = {
         "methods": evidence_plots.methods_by_task,
         "gain_by_chips": evidence_plots.gain_by_chips,
     }
     for name, table in figures(found).items():
-        plots.save(drawing[name](table, labels), folder / f"{name}.png")
+        title = ", ".join(dict.fromkeys(table.task.map(backbones)))
+        plots.save(drawing[name](table, title), folder / f"{name}.png")
     for name, places in places_of(found).items():
-        backbone = found[name].record["backbone"]
-        title = f"{evidence.LORA} on the test places of {name}, {backbone}"
+        title = f"{evidence.LORA} on the test places of {name}, {backbones[name]}"
         plots.save(place_plots.places_map(places, title), folder / f"places_{name}.png")
 
 

@@ -53,7 +53,7 @@ def methods_by_task(means: pd.DataFrame, title: str) -> Figure:
                 row.value, height, xerr=ends, capsize=2, markersize=5,
                 **styles[row.method] | {"linestyle": ""},
             )  # fmt: skip
-        axis.set_title(task, fontsize=9)
+        axis.set_title(task.replace("_unseen", "\n_unseen"), fontsize=9)
         axis.set(yticks=range(len(methods)), yticklabels=methods[::-1], xlabel="test AUROC")
         axis.tick_params(axis="x", labelsize=7, rotation=45)
         axis.margins(y=0.12)

@@ -13,7 +13,6 @@ from helpers.reporting.results_table import comparison_rows, csv, evidence_rows,
 from tools.published import Published
 
 FIGURES = "reports/evidence/figures"
-UNSEEN = "_unseen"  # ends the name of a task with a backbone that has not seen it
 NOTHING_YET = "No task has been run yet; `make evidence` does it."
 LINKS = {"hurricane_harvey": "hurricane_harvey/README.md", "example": "../docs/results.md"}
 
@@ -30,7 +29,7 @@ def pages(found: dict[str, Evidence]) -> dict[str, dict[str, str]]:
     unseen = [
         evidence.backbones_table(found[seen], one)
         for name, one in found.items()
-        if (seen := name.removesuffix(UNSEEN)) != name and seen in found
+        if (seen := name.removesuffix(evidence.UNSEEN)) != name and seen in found
     ]
     parts = {
         "when": evidence.when_lora_pays(found),

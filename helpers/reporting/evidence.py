@@ -13,6 +13,7 @@ from helpers.metrics import with_group_interval, with_interval
 from helpers.reporting.answers import in_a_word, signed
 from helpers.reporting.tables import markdown
 
+UNSEEN = "_unseen"  # ends the name of a task with a backbone that has not seen it
 LORA = "lora"  # the row that the question of LoRA is answered with
 HEADLINE = {
     "head_only": "head",

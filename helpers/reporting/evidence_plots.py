@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from helpers.reporting.evidence import UNSEEN
 from helpers.reporting.plots import PAGE, line_style, method_styles, titled
 
 
@@ -53,7 +54,7 @@ def methods_by_task(means: pd.DataFrame, title: str) -> Figure:
                 row.value, height, xerr=ends, capsize=2, markersize=5,
                 **styles[row.method] | {"linestyle": ""},
             )  # fmt: skip
-        axis.set_title(task.replace("_unseen", "\n_unseen"), fontsize=9)
+        axis.set_title(task.replace(UNSEEN, f"\n{UNSEEN}"), fontsize=9)
         axis.set(yticks=range(len(methods)), yticklabels=methods[::-1], xlabel="test AUROC")
         axis.tick_params(axis="x", labelsize=7, rotation=45)
         axis.margins(y=0.12)

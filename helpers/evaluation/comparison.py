@@ -17,7 +17,7 @@ from helpers.evaluation.baselines import baselines
 from helpers.metrics import mcnemar, paired_difference, reliability
 from helpers.models.adapters import METHODS
 from helpers.training.config import ReportConfig, RunConfig, TrainingConfig
-from helpers.training.jobs import Job, check_ready, one_by_one, side_by_side
+from helpers.training.jobs import Job, check_ready, locally, side_by_side
 from helpers.training.loop import STEP_PARTS
 from helpers.training.methods import training_loop
 from helpers.training.processes import processes, said_once
@@ -60,7 +60,7 @@ class CompareConfig(ReportConfig, TrainingConfig):
         None, gt=0, description="how many of the seeds full gets, all by default"
     )
     engine: Literal["local", "ray"] = Field(
-        "local", description="of runs: one after the other here, or side by side on Ray"
+        "local", description="of runs: here, or side by side on Ray"
     )
     ray_address: str | None = Field(None, description="of a Ray cluster; None: started here")
 
@@ -107,7 +107,7 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
 
     With `resume`, runs that finished before with the same parameters, data and weights are read.
     The first seed of every method trains in a fresh process, from which `cost_table` takes memory
-    and seconds.
+    and seconds; then the others train side by side.
 
     Raises:
         InputError, OSError: as `jobs.finished` and `jobs.side_by_side`, for any run before the
@@ -129,7 +129,7 @@ def compare(config: CompareConfig, report=print) -> dict[str, Run]:
     measured = {config.run(method, config.seeds[0]).name for method in config.methods}
     jobs = [Job(run, shares[run.name], run.name in measured) for run in plan]
     runs = dict.fromkeys(run.name for run in plan)  # in this order, whatever the one they end in
-    done = side_by_side(jobs, config.ray_address, report) if on_ray else one_by_one(jobs)
+    done = side_by_side(jobs, config.ray_address, report) if on_ray else locally(jobs)
     for number, (job, run, took) in enumerate(done, start=1):
         runs[job.config.name] = run
         failure = run.record["failure"] and f"; WARNING: {run.record['failure']}"

@@ -8,7 +8,7 @@ stopped.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from helpers.data.dataset import ChipData, DataConfig
 from helpers.data.manifest import check_pixels
 from helpers.evaluation.task import Task, Trial, grid, planned, run_config
 from helpers.training.config import RunConfig
-from helpers.training.jobs import FINISHED_BEFORE, Job, in_processes, one_by_one
+from helpers.training.jobs import FINISHED_BEFORE, Job, locally
 from helpers.training.runs import Run
 from helpers.training.setup import new_classifier
 
@@ -29,7 +29,6 @@ MOST_EXTENSIONS = 2  # of a grid whose best learning rate lies on its edge
 EPOCHS_TO_BEST = 8  # of adapters on the tasks here, for the estimate alone
 START_SECONDS = 5  # of a run beside its passes: start, decoding, saving
 BACKWARD = 3  # a training step takes about three forward passes
-Trainer = Callable[[list[Job]], Iterator[tuple[Job, Run, str]]]  # of jobs, in their order
 NOT_FINITE = "is not finite at epoch"  # what a diverged run says
 
 
@@ -134,16 +133,13 @@ class Collection:
 
     def run(self, trial: Trial) -> Run:
         """Train, test and save a run, or read it, and say so."""
-        self._run([trial], one_by_one)
+        self.run_all([trial])
         return self.runs[trial]
 
     def run_all(self, trials: list[Trial]) -> None:
         """The same with several; those that are not measured train side by side."""
-        self._run([trial for trial in trials if self.is_measured(trial)], one_by_one)
-        self._run([trial for trial in trials if not self.is_measured(trial)], in_processes)
-
-    def _run(self, trials: list[Trial], train: Trainer) -> None:
-        done, start = train([self._job(trial) for trial in trials]), time.perf_counter()
+        trials = sorted(trials, key=self.is_measured, reverse=True)  # the order of `locally`
+        done, start = locally([self._job(trial) for trial in trials]), time.perf_counter()
         for trial, (_, run, took) in zip(trials, done, strict=True):
             self.runs[trial] = replace(run, classifier=None, adapter=None)  # memory
             if took != FINISHED_BEFORE:

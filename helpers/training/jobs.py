@@ -22,7 +22,7 @@ from helpers.data.report import data_warnings
 from helpers.training.alone import train_alone
 from helpers.training.config import RunConfig
 from helpers.training.methods import train
-from helpers.training.processes import processes, said_once
+from helpers.training.processes import processes, said_once, several
 from helpers.training.runs import (
     Run,
     checkpoint_path,
@@ -94,6 +94,16 @@ class Job:
         return run, FINISHED_BEFORE if was_read else f"{time.perf_counter() - start:.0f} s"
 
 
+def locally(jobs: list[Job]) -> Iterator[tuple[Job, Run, str]]:
+    """Each job, its run, and what it took: first those that train alone, then the others together.
+
+    Raises:
+        InputError: as `finished` and `in_processes`.
+    """
+    yield from one_by_one([job for job in jobs if job.alone])
+    yield from in_processes([job for job in jobs if not job.alone])
+
+
 def one_by_one(jobs: list[Job]) -> Iterator[tuple[Job, Run, str]]:
     """Each job, its run, and what it took; they are done here."""
     for job in jobs:
@@ -103,13 +113,14 @@ def one_by_one(jobs: list[Job]) -> Iterator[tuple[Job, Run, str]]:
 def in_processes(jobs: list[Job]) -> Iterator[tuple[Job, Run, str]]:
     """The same, by processes of this machine that share its threads.
 
-    For runs of which nobody asks what one costs. On a GPU, and with one thread, as `one_by_one`.
+    For runs of which nobody asks what one costs. On a GPU, with one thread, and where processes
+    train one run together, as `one_by_one`.
 
     Raises:
         InputError: as `finished`; or the system ended a process.
     """
     threads = torch.get_num_threads() // SIDE_BY_SIDE
-    if not jobs or not threads or jobs[0].config.torch_device != "cpu":
+    if len(jobs) < 2 or not threads or several() or jobs[0].config.torch_device != "cpu":
         yield from one_by_one(jobs)
         return
     start = delayed(_in_a_worker)

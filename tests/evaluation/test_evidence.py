@@ -70,7 +70,7 @@ def in_this_process():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "train_alone", alone)
-        patch.setattr(evidence, "in_processes", jobs.one_by_one)
+        patch.setattr(jobs, "in_processes", jobs.one_by_one)
         yield
 
 

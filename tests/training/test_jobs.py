@@ -2,13 +2,13 @@
 
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from helpers import InputError
-from helpers.training.jobs import FINISHED_BEFORE, Job, in_processes, one_by_one
+from helpers.training.jobs import FINISHED_BEFORE, Job, in_processes, locally, one_by_one
 from helpers.training.processes import torch_threads
 from tests.training.short_run import config_for
 
@@ -44,6 +44,23 @@ def test_side_by_side_the_runs_are_those_of_one_after_the_other(
         # One thread may sum in another order than two; on models as small as this it does not.
         np.testing.assert_allclose(*probabilities, atol=1e-4)
     assert [took for _, _, took in in_processes(jobs)] == [FINISHED_BEFORE] * 2
+
+
+@dataclass(frozen=True)
+class Told(Job):
+    """One that trains nothing, and says where it would."""
+
+    def finished(self):
+        """The process, and whether it would start one of its own."""
+        return os.getpid(), self.alone
+
+
+def test_here_the_measured_runs_come_first_and_alone(chips_folder, tmp_path, two_threads):
+    """A run of a method after the other's measured one must not train beside it."""
+    first, second = jobs_of(chips_folder, tmp_path, kind=Told)
+    measured = replace(second, alone=True)
+    order = [(job, run, alone) for job, run, alone in locally([first, measured])]
+    assert order == [(measured, os.getpid(), True), (first, os.getpid(), False)]
 
 
 def test_an_error_of_a_run_is_that_error_here(chips_folder, tmp_path, two_threads):

@@ -138,9 +138,11 @@ class Collection:
 
     def run_all(self, trials: list[Trial]) -> None:
         """The same with several; those that are not measured train side by side."""
-        trials = sorted(trials, key=self.is_measured, reverse=True)  # the order of `locally`
-        done, start = locally([self._job(trial) for trial in trials]), time.perf_counter()
-        for trial, (_, run, took) in zip(trials, done, strict=True):
+        jobs = [self._job(trial) for trial in trials]
+        trial_of = {job.config.name: trial for job, trial in zip(jobs, trials, strict=True)}
+        start = time.perf_counter()
+        for job, run, took in locally(jobs):
+            trial = trial_of[job.config.name]
             self.runs[trial] = replace(run, classifier=None, adapter=None)  # memory
             if took != FINISHED_BEFORE:
                 self.expected += self._expected(trial)

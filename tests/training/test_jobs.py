@@ -59,8 +59,8 @@ def test_here_the_measured_runs_come_first_and_alone(chips_folder, tmp_path, two
     """A run of a method after the other's measured one must not train beside it."""
     first, second = jobs_of(chips_folder, tmp_path, kind=Told)
     measured = replace(second, alone=True)
-    order = [(job, run, alone) for job, run, alone in locally([first, measured])]
-    assert order == [(measured, os.getpid(), True), (first, os.getpid(), False)]
+    expected = [(measured, os.getpid(), True), (first, os.getpid(), False)]
+    assert list(locally([first, measured])) == expected
 
 
 def test_an_error_of_a_run_is_that_error_here(chips_folder, tmp_path, two_threads):
